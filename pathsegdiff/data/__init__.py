@@ -1,0 +1,1 @@
+"""Images, masks and manifests: from files to regions with labels (numpy only)."""

@@ -1,0 +1,1 @@
+"""The frozen latent diffusion model; the only package that imports diffusers or timm."""

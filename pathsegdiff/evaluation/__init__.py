@@ -1,0 +1,1 @@
+"""Metrics, intervals, overlays and reports from label maps (numpy only)."""

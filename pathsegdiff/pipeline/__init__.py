@@ -1,0 +1,1 @@
+"""What needs both stages: prediction of new images, the demo."""
