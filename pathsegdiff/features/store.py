@@ -1,0 +1,528 @@
+"""Feature store: stitched UNet taps in Zarr v3, written by stage 1, read by stage 2 (no torch).
+
+    STORE/zarr.json            attrs: format, recipe, fingerprint, data set, model, levels, provenance
+      stride_<s>  (S, C, H/s, W/s) float16     the taps of one spatial size; s = 4, 8, 16, 32
+      tokens      (S, D, H/16, W/16) float16   the encoder's patch tokens (only where asked for)
+      label       (S, H, W) uint8              class ids; >= number of classes: not counted
+      image       (S, H, W, 3) uint8           the region, for overlays
+      embedding   (S, P, D) float32            the encoder's raw vector of each patch, row-major
+      instances/<index> (H0, W0) int32         objects at the source's size, where the data set counts them
+    STORE/samples.json         which sample is which index of S
+    STORE/marks/<index>.json   written last: the sample's files with sizes and checksums
+
+A sample counts only once its mark exists. zarr reads an absent chunk as zeros, so a reader first
+holds the sample's files against the mark; a damaged chunk fails its own CRC-32C when it is read.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+import zarr.errors
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from pathsegdiff.config import ALL_TAPS, Recipe
+from pathsegdiff.data.labels import LabelScheme
+from pathsegdiff.data.regions import RegionRule
+from pathsegdiff.errors import ConfigError, DataError, StoreError
+from pathsegdiff.features.layout import GRID_STRIDE, Level
+from pathsegdiff.grid import patchwise_matrix
+
+FORMAT = 1
+ATTRIBUTE = "pathsegdiff"
+SAMPLES_KEY = "samples.json"
+#: A table of samples above this is refused before it is read.
+_MAX_JSON_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSample:
+    """One region of the store.
+
+    Attributes:
+        sample_id: Unique within the data set.
+        index: Its place on the first axis of every array.
+        split: Part of the official split.
+        group: Patient, case or slide; never in two parts of a grouped split.
+        source_px: (height, width) of the image that it was made from.
+        extra: Further columns of the manifest ("patient_fold").
+    """
+
+    sample_id: str
+    index: int
+    split: str
+    group: str
+    source_px: tuple[int, int]
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the index is the place in the list."""
+        return {
+            "sample_id": self.sample_id,
+            "split": self.split,
+            "group": self.group,
+            "source_px": list(self.source_px),
+            "extra": self.extra,
+        }
+
+    @classmethod
+    def from_dict(cls, index: int, values: dict[str, Any]) -> "StoredSample":
+        """Read what ``to_dict`` wrote; KeyError, TypeError or ValueError where it did not."""
+        height, width = values["source_px"]
+        return cls(
+            sample_id=str(values["sample_id"]),
+            index=index,
+            split=str(values["split"]),
+            group=str(values["group"]),
+            source_px=(int(height), int(width)),
+            extra={str(key): str(value) for key, value in values["extra"].items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetCard:
+    """What stage 2 needs to know of the data set, without its manifest.
+
+    Attributes:
+        source_px: The commonest (height, width) of its source images, and the largest seen per
+            axis: prediction scales a new image as the region rule scaled these.
+    """
+
+    name: str
+    title: str
+    licence: str
+    scheme: LabelScheme
+    rule: RegionRule
+    splits: tuple[str, ...]
+    default_train: str
+    default_eval: str
+    grouped: bool
+    typical_source_px: tuple[int, int]
+    largest_source_px: tuple[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "licence": self.licence,
+            "scheme": self.scheme.to_dict(),
+            "rule": self.rule.to_dict(),
+            "splits": list(self.splits),
+            "default_train": self.default_train,
+            "default_eval": self.default_eval,
+            "grouped": self.grouped,
+            "typical_source_px": list(self.typical_source_px),
+            "largest_source_px": list(self.largest_source_px),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DatasetCard":
+        """Read what ``to_dict`` wrote; KeyError, TypeError, ValueError or DataError otherwise."""
+        return cls(
+            name=str(values["name"]),
+            title=str(values["title"]),
+            licence=str(values["licence"]),
+            scheme=LabelScheme.from_dict(values["scheme"]),
+            rule=RegionRule.from_dict(values["rule"]),
+            splits=tuple(str(split) for split in values["splits"]),
+            default_train=str(values["default_train"]),
+            default_eval=str(values["default_eval"]),
+            grouped=bool(values["grouped"]),
+            typical_source_px=_pair(values["typical_source_px"]),
+            largest_source_px=_pair(values["largest_source_px"]),
+        )
+
+
+class FeatureStore:
+    """A store open for reading; only complete samples exist for it.
+
+    Attributes:
+        path: As it was given.
+        recipe: What decided the values.
+        fingerprint: Of the recipe.
+        provenance: Versions, device and command that made it.
+        card: The data set.
+        model: name, sha256, trained, head_width, embed_dim and patch_px of the bundle.
+        levels: By name, finest first.
+        tokens_level: The encoder's patch tokens, or None.
+    """
+
+    def __init__(self, path: str | Path, group: zarr.Group) -> None:
+        self.path = str(path)
+        self._group = group
+        self._read_attributes(dict(group.attrs))
+        self._checked: set[int] = set()
+        self._arrays: dict[str, zarr.Array] = {}
+        self.reload()
+
+    @classmethod
+    def open(cls, path: str | Path) -> "FeatureStore":
+        """Open a store for reading.
+
+        Raises:
+            StoreError: If nothing is there, or it is no feature store of this format.
+        """
+        return cls(path, open_group(path))
+
+    def reload(self) -> None:
+        """Look again at which samples exist and are complete (another process may be writing)."""
+        self._samples = self._read_samples()
+        self._complete = self._read_complete()
+
+    # -- what it is --
+
+    @cached_property
+    def tap_names(self) -> tuple[str, ...]:
+        """In tap order, which is the channel order of the dense map."""
+        return self.recipe.taps
+
+    @cached_property
+    def num_channels(self) -> int:
+        """Of the dense map: 7296 for every tap of the paper's model."""
+        return sum(level.channels for level in self.levels.values())
+
+    @property
+    def region_px(self) -> int:
+        """Side of a region in pixels."""
+        return self.card.rule.region_px
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a patch in pixels."""
+        return self.card.rule.patch_px
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of a region."""
+        return self.region_px // self.patch_px
+
+    def samples(self, split: str | None = None) -> tuple[StoredSample, ...]:
+        """The complete samples of a split, or of all of them, in the order of their index."""
+        return tuple(
+            sample
+            for sample in self._samples
+            if sample.index in self._complete and (split is None or sample.split == split)
+        )
+
+    def registered(self) -> tuple[StoredSample, ...]:
+        """Every sample that an extraction has planned so far, complete or not."""
+        return tuple(self._samples)
+
+    def is_complete(self, sample: StoredSample) -> bool:
+        """Whether the sample has its completion mark."""
+        return sample.index in self._complete
+
+    # -- reading --
+
+    def read_level(
+        self,
+        sample: StoredSample,
+        level: str,
+        *,
+        rows: slice | None = None,
+        columns: slice | None = None,
+        taps: Sequence[str] | None = None,
+    ) -> np.ndarray:
+        """Features of one sample at one level.
+
+        Args:
+            rows, columns: Cells to read; all of them where None.
+            taps: Some of the level's, all where None. Only their bytes are read.
+
+        Returns:
+            (C, m, n) in the stored dtype. Element (c, i, j) is centred on region pixel row
+            ``(i + 0.5) * stride``, column ``(j + 0.5) * stride``.
+
+        Raises:
+            StoreError: If the sample is incomplete or damaged.
+            KeyError: If there is no such level, or a tap does not belong to it.
+        """
+        spec = self.level(level)
+        wanted = [tap.name for tap in spec.taps] if taps is None else list(taps)
+        missing = [name for name in wanted if name not in {tap.name for tap in spec.taps}]
+        if missing:
+            raise KeyError(f"{level} has no tap {missing[0]!r}")
+        parts = [
+            self._read(sample, level, (slice(start, stop), rows, columns))
+            for start, stop in _runs([tap for tap in spec.taps if tap.name in wanted])
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def level(self, name: str) -> Level:
+        """The level of that name, the tokens included; KeyError if there is none."""
+        if name == "tokens" and self.tokens_level is not None:
+            return self.tokens_level
+        return self.levels[name]
+
+    def label(self, sample: StoredSample) -> np.ndarray:
+        """(H, W) uint8 class ids; an id of ``card.scheme.num_classes`` or more is not counted."""
+        return self._read(sample, "label", ())
+
+    def image(self, sample: StoredSample) -> np.ndarray:
+        """(H, W, 3) uint8 RGB region."""
+        return self._read(sample, "image", ())
+
+    def embedding(self, sample: StoredSample) -> np.ndarray:
+        """(P, D) float32: the encoder's raw vector of each patch, row-major."""
+        return self._read(sample, "embedding", ())
+
+    def instances(self, sample: StoredSample) -> np.ndarray | None:
+        """(H0, W0) int32 objects at the source's own size, or None where none are counted."""
+        if self.card.scheme.objects is None:
+            return None
+        return self._read(sample, f"instances/{sample.index}", None)
+
+    def dense(self, sample: StoredSample) -> np.ndarray:
+        """The paper's dense map f: every tap on the stride-4 grid, in tap order.
+
+        Bilinear per patch (equation 4), so that nothing crosses a patch border.
+
+        Returns:
+            (C, H/4, W/4) float32; (7296, 192, 192) for a 768 px region at paper size.
+        """
+        cells = self.patch_px // GRID_STRIDE
+        maps: dict[str, np.ndarray] = {}
+        for level in self.levels.values():
+            features = self.read_level(sample, level.name).astype(np.float32)
+            if level.stride != GRID_STRIDE:
+                matrix = patchwise_matrix(self.patches_per_side, level.cells_per_patch, cells)
+                features = matrix @ features @ matrix.T
+            for tap in level.taps:
+                maps[tap.name] = features[tap.start : tap.stop]
+        return np.concatenate([maps[tap] for tap in ALL_TAPS if tap in maps])
+
+    # -- integrity --
+
+    def check_sample(self, sample: StoredSample) -> None:
+        """Hold the sample's files against its mark (existence and size, once per reader).
+
+        Raises:
+            StoreError: If the mark is missing or unreadable, or a file is missing or of another size.
+        """
+        if sample.index in self._checked:
+            return
+        for key, (size, _) in self.read_mark(sample)["files"].items():
+            there = self._size(key)
+            if there != size:
+                found = "is missing" if there is None else f"has {there} bytes instead of {size}"
+                raise StoreError(
+                    f"{self.path}: sample {sample.sample_id} is damaged, {key} {found}; "
+                    f"run `psd cache repair {self.path}`"
+                )
+        self._checked.add(sample.index)
+
+    def read_mark(self, sample: StoredSample) -> dict[str, Any]:
+        """The completion mark: files {key: (bytes, CRC-32)}, image_sha256, mask_sha256.
+
+        Raises:
+            StoreError: If there is none, it is unreadable, or speaks of another sample.
+        """
+        content = self.get(mark_key(sample.index))
+        if content is None:
+            raise StoreError(
+                f"{self.path}: sample {sample.sample_id} is not complete; "
+                "run the extraction again to finish it"
+            )
+        try:
+            mark = json.loads(content)
+            files = {str(k): (int(size), int(crc)) for k, (size, crc) in mark["files"].items()}
+            hashes = {name: str(mark[name]) for name in ("image_sha256", "mask_sha256")}
+            if mark["sample_id"] != sample.sample_id or not files:
+                raise ValueError("it speaks of another sample")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StoreError(
+                f"{self.path}: the completion mark of sample {sample.sample_id} is damaged "
+                f"({error}); run `psd cache repair {self.path}`"
+            ) from None
+        return {"files": files, **hashes}
+
+    def get(self, key: str) -> bytes | None:
+        """The bytes of one file of the store, or None."""
+        buffer = sync(self._group.store.get(self._key(key), default_buffer_prototype()))
+        return None if buffer is None else buffer.to_bytes()
+
+    def bytes_of(self, sample: StoredSample) -> dict[str, int]:
+        """Bytes on disk of one complete sample, by array."""
+        sizes: dict[str, int] = {}
+        for key, (size, _) in self.read_mark(sample)["files"].items():
+            array = key.split("/", 1)[0]
+            sizes[array] = sizes.get(array, 0) + size
+        return sizes
+
+    # -- inside --
+
+    def _key(self, key: str) -> str:
+        prefix = self._group.path
+        return f"{prefix}/{key}" if prefix else key
+
+    def _size(self, key: str) -> int | None:
+        try:
+            return int(sync(self._group.store.getsize(self._key(key))))
+        except FileNotFoundError:
+            return None
+
+    def _array(self, name: str) -> zarr.Array:
+        if name not in self._arrays:
+            try:
+                array = self._group[name]
+            except (KeyError, ValueError, TypeError, zarr.errors.BaseZarrError) as error:
+                raise StoreError(f"{self.path}: array {name} cannot be opened: {error}") from None
+            if not isinstance(array, zarr.Array):
+                raise StoreError(f"{self.path}: {name} is not an array")
+            if not name.startswith("instances/"):
+                self._check_shape(name, array)
+            self._arrays[name] = array
+        return self._arrays[name]
+
+    def _check_shape(self, name: str, array: zarr.Array) -> None:
+        expected = array_shapes(self.levels, self.tokens_level, self.card.rule, self.model)[name]
+        if array.shape[1:] != expected[0] or str(array.dtype) != self._dtype(name, expected[1]):
+            raise StoreError(
+                f"{self.path}: array {name} has shape {array.shape} and dtype {array.dtype}, "
+                f"the store says (samples, {', '.join(map(str, expected[0]))})"
+            )
+
+    def _dtype(self, name: str, dtype: str) -> str:
+        return dtype or self.recipe.dtype
+
+    def _read(
+        self, sample: StoredSample, name: str, where: tuple[slice | None, ...] | None
+    ) -> np.ndarray:
+        if sample.index not in self._complete:
+            raise StoreError(
+                f"{self.path}: sample {sample.sample_id} is not complete; "
+                "run the extraction again to finish it"
+            )
+        self.check_sample(sample)
+        array = self._array(name)
+        try:
+            if where is None:
+                return np.asarray(array[...])
+            selection = tuple(slice(None) if part is None else part for part in where)
+            return np.asarray(array[(sample.index, *selection)])
+        except (ValueError, RuntimeError, zarr.errors.BaseZarrError) as error:
+            # A chunk whose checksum or compressed stream is wrong.
+            raise StoreError(
+                f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error}); "
+                f"run `psd cache repair {self.path}`"
+            ) from None
+
+    def _read_attributes(self, attributes: dict[str, Any]) -> None:
+        values = attributes.get(ATTRIBUTE)
+        if not isinstance(values, dict):
+            raise StoreError(
+                f"{self.path} is a Zarr group but no feature store; make one with `psd extract`"
+            )
+        if values.get("format") != FORMAT:
+            raise StoreError(
+                f"{self.path} has store format {values.get('format')!r}, this version reads "
+                f"{FORMAT}; extract it again"
+            )
+        try:
+            self.recipe = Recipe.from_dict(values["recipe"])
+            self.fingerprint = str(values["fingerprint"])
+            self.provenance = dict(values["provenance"])
+            self.card = DatasetCard.from_dict(values["dataset"])
+            self.model = dict(values["model"])
+            levels = {
+                str(name): Level.from_dict(str(name), level)
+                for name, level in values["levels"].items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError, DataError) as error:
+            raise StoreError(f"{self.path}: its attributes are damaged: {error!r}") from None
+        if self.fingerprint != self.recipe.fingerprint():
+            raise StoreError(
+                f"{self.path}: its recipe does not match its fingerprint {self.fingerprint}; "
+                "the attributes were altered, extract it again"
+            )
+        self.tokens_level = levels.pop("tokens", None)
+        self.levels = levels
+
+    def _read_samples(self) -> list[StoredSample]:
+        size = self._size(SAMPLES_KEY)
+        if size is None:
+            return []
+        if size > _MAX_JSON_BYTES:
+            raise StoreError(f"{self.path}: {SAMPLES_KEY} has {size} bytes, more than a table can")
+        try:
+            rows = json.loads(self.get(SAMPLES_KEY) or b"")
+            samples = [StoredSample.from_dict(index, row) for index, row in enumerate(rows)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StoreError(f"{self.path}: {SAMPLES_KEY} is damaged: {error!r}") from None
+        if len({sample.sample_id for sample in samples}) != len(samples):
+            raise StoreError(f"{self.path}: {SAMPLES_KEY} is damaged: a sample stands in it twice")
+        return samples
+
+    def _read_complete(self) -> set[int]:
+        async def names() -> list[str]:
+            return [name async for name in self._group.store.list_dir(self._key("marks"))]
+
+        stems = (name.removesuffix(".json") for name in sync(names()) if name.endswith(".json"))
+        return {int(stem) for stem in stems if stem.isdigit()}
+
+
+def open_group(path: str | Path, mode: str = "r") -> zarr.Group:
+    """Open the Zarr group of a store.
+
+    Raises:
+        StoreError: If nothing is there, or it is no Zarr group.
+    """
+    try:
+        return zarr.open_group(str(path), mode=mode, zarr_format=3)  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise StoreError(f"{path}: there is no feature store; make one with `psd extract`") from None
+    except (ValueError, KeyError, TypeError, zarr.errors.BaseZarrError) as error:
+        raise StoreError(f"{path} cannot be read as a feature store: {error}") from None
+
+
+def array_shapes(
+    levels: dict[str, Level], tokens: Level | None, rule: RegionRule, model: dict[str, Any]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape of one sample and dtype ("" = the recipe's) of every array but ``instances``."""
+    side = rule.region_px // rule.patch_px
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    for level in [*levels.values(), *([tokens] if tokens is not None else [])]:
+        cells = side * level.cells_per_patch
+        shapes[level.name] = ((level.channels, cells, cells), "")
+    region = (rule.region_px, rule.region_px)
+    shapes["label"] = (region, "uint8")
+    shapes["image"] = ((*region, 3), "uint8")
+    shapes["embedding"] = ((side * side, int(model["embed_dim"])), "float32")
+    return shapes
+
+
+def mark_key(index: int) -> str:
+    """Where the completion mark of a sample lies."""
+    return f"marks/{index:08d}.json"
+
+
+def sample_bytes(levels: dict[str, Level], patches_per_side: int, dtype: str) -> int:
+    """Bytes of one sample's features before any compression."""
+    cells = (level.channels * level.cells_per_patch**2 for level in levels.values())
+    return sum(cells) * patches_per_side**2 * np.dtype(dtype).itemsize
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    first, second = values
+    if not (math.isfinite(first) and math.isfinite(second)):
+        raise ValueError(f"not a size: {values!r}")
+    return int(first), int(second)
+
+
+def _runs(taps: Sequence[Any]) -> list[tuple[int, int]]:
+    """Join neighbouring tap slices, so that a whole level is one read."""
+    runs: list[tuple[int, int]] = []
+    for tap in taps:
+        if runs and runs[-1][1] == tap.start:
+            runs[-1] = (runs[-1][0], tap.stop)
+        else:
+            runs.append((tap.start, tap.stop))
+    return runs

@@ -1,0 +1,361 @@
+"""Writing a feature store: one sample whole, then its completion mark (numpy and zarr only)."""
+
+import contextlib
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from pathsegdiff.config import Recipe
+from pathsegdiff.errors import StoreError
+from pathsegdiff.features.layout import Level
+from pathsegdiff.features.store import (
+    ATTRIBUTE,
+    FORMAT,
+    SAMPLES_KEY,
+    DatasetCard,
+    FeatureStore,
+    StoredSample,
+    array_shapes,
+    mark_key,
+    open_group,
+)
+
+#: How to ask for what an existing store was made with.
+_OPTIONS = {
+    "model_sha256": "--model",
+    "dataset_sha256": "--dataset (with the same manifest and --mpp)",
+    "timestep": "--t",
+    "conditioning": "--cond",
+    "taps": "--taps",
+    "dtype": "--dtype",
+    "precision": "--precision",
+    "seed": "--seed",
+    "layout": "--layout",
+    "tokens": "--tokens",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArrays:
+    """Everything that is kept of one sample.
+
+    Attributes:
+        levels: By level name, ("tokens" included where the recipe says so), (C, m, n), any float.
+        label: (H, W) uint8.
+        image: (H, W, 3) uint8.
+        embedding: (P, D) float32.
+        instances: (H0, W0) int32 at the source's size, or None where no objects are counted.
+        image_sha256, mask_sha256: Of the decoded pixels that it was made from.
+    """
+
+    levels: dict[str, np.ndarray]
+    label: np.ndarray
+    image: np.ndarray
+    embedding: np.ndarray
+    instances: np.ndarray | None
+    image_sha256: str
+    mask_sha256: str
+
+
+class StoreWriter:
+    """A store open for writing by this process alone.
+
+    Use it as a context manager: it holds the store's lock until it is closed.
+    """
+
+    def __init__(self, path: Path, group: zarr.Group, lock: int) -> None:
+        self._lock = lock
+        self._group = group
+        self.store = FeatureStore(path, group)
+        self._by_id = {sample.sample_id: sample for sample in self.store.registered()}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        recipe: Recipe,
+        card: DatasetCard,
+        model: dict[str, Any],
+        levels: Sequence[Level],
+        tokens: Level | None,
+        provenance: dict[str, Any],
+    ) -> "StoreWriter":
+        """Create a store, or continue one that was made with the same recipe.
+
+        Raises:
+            StoreError: If it was made with other settings (naming the field, both values and the
+                option), is no store, or another process is writing to it.
+        """
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not _started(path))):
+            raise StoreError(f"{path} exists and is no feature store; choose another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path)
+        try:
+            if not (path / "zarr.json").exists():
+                _create(path, recipe, card, model, levels, tokens, provenance)
+            check_recipe(FeatureStore.open(path), recipe)
+            return cls(path, open_group(path, "r+"), lock)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def register(self, samples: Sequence[StoredSample]) -> list[StoredSample]:
+        """Give each sample its index; known ones keep theirs, new ones are appended.
+
+        Args:
+            samples: Their ``index`` is not looked at.
+
+        Returns:
+            The same samples as the store knows them.
+        """
+        new = [sample for sample in samples if sample.sample_id not in self._by_id]
+        if new:
+            table = list(self.store.registered())
+            for sample in new:
+                table.append(StoredSample.from_dict(len(table), sample.to_dict()))
+            # Arrays first: rows without a name are harmless, a name without a row is not.
+            for name in array_shapes(
+                self.store.levels, self.store.tokens_level, self.store.card.rule, self.store.model
+            ):
+                array = self._member(name)
+                array.resize((len(table), *array.shape[1:]))
+            rows = json.dumps([sample.to_dict() for sample in table], indent=0)
+            self._set(SAMPLES_KEY, rows.encode())
+            self._reload()
+        return [self._by_id[sample.sample_id] for sample in samples]
+
+    def write(self, sample: StoredSample, arrays: SampleArrays) -> None:
+        """Write one sample whole, then mark it complete.
+
+        Raises:
+            StoreError: If a shape differs from the store's, or a value is not finite in its dtype.
+        """
+        keys = []
+        for name, features in arrays.levels.items():
+            keys.append(self._write_row(name, sample, as_stored(features, self.store, name, sample)))
+        for name in ("label", "image", "embedding"):
+            keys.append(self._write_row(name, sample, getattr(arrays, name)))
+        if arrays.instances is not None:
+            keys += self._write_instances(sample, arrays.instances)
+        files = {}
+        for key in keys:
+            content = self.store.get(key)
+            if content is None:
+                raise StoreError(f"{self.store.path}: {key} vanished while it was being written")
+            files[key] = [len(content), zlib.crc32(content)]
+        mark = {
+            "sample_id": sample.sample_id,
+            "image_sha256": arrays.image_sha256,
+            "mask_sha256": arrays.mask_sha256,
+            "files": files,
+        }
+        self._set(mark_key(sample.index), json.dumps(mark, indent=1).encode())
+
+    def forget(self, sample: StoredSample) -> None:
+        """Take a sample's completion mark away, so that it is extracted again."""
+        sync(self._group.store.delete(self.store._key(mark_key(sample.index))))
+        self._reload()
+
+    def _reload(self) -> None:
+        self.store.reload()
+        self._by_id = {sample.sample_id: sample for sample in self.store.registered()}
+
+    def _member(self, name: str) -> zarr.Array:
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    def _write_row(self, name: str, sample: StoredSample, values: np.ndarray) -> str:
+        array = self._member(name)
+        if values.shape != array.shape[1:]:
+            raise StoreError(
+                f"{self.store.path}: {name} of sample {sample.sample_id} has shape "
+                f"{values.shape}, the store {array.shape[1:]}"
+            )
+        array[sample.index] = values
+        return "/".join([name, "c", str(sample.index), *("0" for _ in values.shape)])
+
+    def _write_instances(self, sample: StoredSample, instances: np.ndarray) -> list[str]:
+        name = f"instances/{sample.index}"
+        array = self._group.create_array(
+            name,
+            shape=instances.shape,
+            chunks=instances.shape,
+            dtype="int32",
+            compressors=[ZstdCodec(), Crc32cCodec()],
+            config={"write_empty_chunks": True},
+            overwrite=True,
+        )
+        array[...] = instances
+        return [f"{name}/zarr.json", f"{name}/c/0/0"]
+
+    def _set(self, key: str, content: bytes) -> None:
+        buffer = default_buffer_prototype().buffer.from_bytes(content)
+        sync(self._group.store.set(self.store._key(key), buffer))
+
+
+def check_recipe(store: FeatureStore, recipe: Recipe) -> None:
+    """Refuse a store that was made with other settings.
+
+    Raises:
+        StoreError: Naming each field that differs, both values, and the way out.
+    """
+    differing = store.recipe.differences(recipe)
+    if not differing:
+        return
+    theirs, ours = store.recipe.to_dict(), recipe.to_dict()
+    parts = [f"{n} {_short(theirs[n])}, this run asks for {_short(ours[n])}" for n in differing]
+    first = differing[0]
+    raise StoreError(
+        f"{store.path} was made with {'; '.join(parts)}. "
+        f"Use {_OPTIONS[first]} {_short(theirs[first])}, or another --out."
+    )
+
+
+def as_stored(
+    features: np.ndarray, store: FeatureStore, name: str, sample: StoredSample
+) -> np.ndarray:
+    """Cast features to the store's dtype, refusing what it cannot hold.
+
+    Raises:
+        StoreError: If a value is not finite after the cast (NaN, or above 65504 in float16).
+    """
+    dtype = np.dtype(store.recipe.dtype)
+    with np.errstate(over="ignore"):  # reported below, with the level's name
+        cast = features.astype(dtype, copy=False)
+    if not np.isfinite(cast).all():
+        remedy = "use --dtype float32" if np.isfinite(features).all() else "the model is broken"
+        raise StoreError(
+            f"{store.path}: {name} of sample {sample.sample_id} has values that {dtype} "
+            f"cannot hold; {remedy}"
+        )
+    return cast
+
+
+def _create(
+    path: Path,
+    recipe: Recipe,
+    card: DatasetCard,
+    model: dict[str, Any],
+    levels: Sequence[Level],
+    tokens: Level | None,
+    provenance: dict[str, Any],
+) -> None:
+    """Make the empty arrays, and last the group's attributes that make it a store."""
+    group = zarr.create_group(str(path / ".new"), zarr_format=3, overwrite=True)
+    by_name = {level.name: level for level in levels}
+    side = card.rule.region_px // card.rule.patch_px
+    for name, (shape, dtype) in array_shapes(by_name, tokens, card.rule, model).items():
+        level = tokens if name == "tokens" else by_name.get(name)
+        dtype = dtype or recipe.dtype
+        if level is None:
+            _create_small_array(group, name, shape, dtype)
+            continue
+        chunk = level.chunk(side, side, np.dtype(dtype).itemsize)
+        group.create_array(
+            name,
+            shape=(0, *shape),
+            chunks=(1, *chunk),
+            shards=(1, *shape),
+            dtype=dtype,
+            compressors=[Crc32cCodec()],
+            dimension_names=("sample", "channel", "row", "column"),
+            config={"write_empty_chunks": True},
+        )
+    if card.scheme.objects is not None:
+        group.create_group("instances")
+    described = {level.name: level.to_dict() for level in levels}
+    if tokens is not None:
+        described["tokens"] = tokens.to_dict()
+    group.attrs[ATTRIBUTE] = {
+        "format": FORMAT,
+        "recipe": recipe.to_dict(),
+        "fingerprint": recipe.fingerprint(),
+        "dataset": card.to_dict(),
+        "model": model,
+        "levels": described,
+        "provenance": provenance,
+    }
+    # The group's own zarr.json comes last: a folder without it is a store that was never finished.
+    for child in sorted((path / ".new").iterdir(), key=lambda child: child.name == "zarr.json"):
+        child.replace(path / child.name)
+    (path / ".new").rmdir()
+
+
+def _create_small_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    group.create_array(
+        name,
+        shape=(0, *shape),
+        chunks=(1, *shape),
+        dtype=dtype,
+        compressors=[ZstdCodec(), Crc32cCodec()],
+        config={"write_empty_chunks": True},
+    )
+
+
+def _started(path: Path) -> bool:
+    """Whether the folder is a store, or one whose making was interrupted."""
+    return (path / "zarr.json").exists() or (path / ".lock").exists()
+
+
+def _take_lock(path: Path) -> int:
+    """Lock the store for this process; the kernel gives it back when the process ends."""
+    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise StoreError(
+            f"{path}: another process is extracting into this store; wait for it, or stop it"
+        ) from None
+    return handle
+
+
+@contextlib.contextmanager
+def writable(path: str | Path) -> Iterator[StoreWriter]:
+    """An existing store, locked for writing, whatever its recipe (repair needs no new settings).
+
+    Raises:
+        StoreError: If it is no store, or another process is writing to it.
+    """
+    group = open_group(path, "r+")
+    with StoreWriter(Path(path), group, _take_lock(Path(path))) as writer:
+        yield writer
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
