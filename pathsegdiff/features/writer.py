@@ -1,9 +1,7 @@
 """Writing a feature store: one sample whole, then its completion mark (numpy and zarr only)."""
 
 import contextlib
-import fcntl
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from filelock import FileLock, Timeout
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -75,7 +74,7 @@ class StoreWriter:
     Use it as a context manager: it holds the store's lock until it is closed.
     """
 
-    def __init__(self, path: Path, group: zarr.Group, lock: int) -> None:
+    def __init__(self, path: Path, group: zarr.Group, lock: FileLock) -> None:
         self._lock = lock
         self._group = group
         self.store = FeatureStore(path, group)
@@ -110,7 +109,7 @@ class StoreWriter:
             check_recipe(FeatureStore.open(path), recipe)
             return cls(path, open_group(path, "r+"), lock)
         except BaseException:
-            os.close(lock)
+            lock.release()
             raise
 
     def __enter__(self) -> "StoreWriter":
@@ -126,9 +125,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Give the lock back."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.release()
 
     def register(self, samples: Sequence[StoredSample]) -> list[StoredSample]:
         """Give each sample its index; known ones keep theirs, new ones are appended.
@@ -326,20 +323,19 @@ def _create_small_array(group: zarr.Group, name: str, shape: tuple[int, ...], dt
 
 def _started(path: Path) -> bool:
     """Whether the folder is a store, or one whose making was interrupted."""
-    return (path / "zarr.json").exists() or (path / ".lock").exists()
+    return any((path / name).exists() for name in ("zarr.json", ".new", ".lock"))
 
 
-def _take_lock(path: Path) -> int:
-    """Lock the store for this process; the kernel gives it back when the process ends."""
-    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+def _take_lock(path: Path) -> FileLock:
+    """Lock the store for this process; the system gives it back when the process ends."""
+    lock = FileLock(path / ".lock")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
+        lock.acquire(timeout=0)
+    except Timeout:
         raise StoreError(
             f"{path}: another process is extracting into this store; wait for it, or stop it"
         ) from None
-    return handle
+    return lock
 
 
 @contextlib.contextmanager

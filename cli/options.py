@@ -1,0 +1,50 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+#: A path argument that arrives as ``pathlib.Path``.
+PATH = click.Path(path_type=Path)
+
+
+def device_option(command: Command) -> Command:
+    """``--device``: auto takes CUDA where there is one."""
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda[:N]",
+        help="Where to compute.",
+    )(command)
+
+
+def seed_option(command: Command) -> Command:
+    """``--seed``."""
+    return click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed.")(
+        command
+    )
+
+
+def data_root_option(command: Command) -> Command:
+    """``--data-root``."""
+    return click.option(
+        "--data-root",
+        type=PATH,
+        help="Folder with the images [default: $PSD_DATA/NAME, else data/NAME].",
+    )(command)
+
+
+def precision_option(command: Command) -> Command:
+    """``--precision``: what the networks compute in."""
+    return click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="What the networks compute in; auto: float32 on a CPU, bfloat16 on a GPU.",
+    )(command)
