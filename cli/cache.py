@@ -1,0 +1,143 @@
+"""``psd cache``: look into a feature store, check it, mend it, copy features out of it."""
+
+from pathlib import Path
+
+import click
+
+from cli.options import PATH
+
+
+@click.group()
+def cache() -> None:
+    """Feature stores: contents, integrity, repair, export.
+
+    \b
+    Example:
+      psd cache info features/demo-tiny-t50.zarr
+      psd cache verify features/demo-tiny-t50.zarr
+    """
+
+
+@cache.command()
+@click.argument("store", type=PATH)
+def info(store: Path) -> None:
+    """Print what a store holds and what it was made with.
+
+    \b
+    Example:
+      psd cache info features/demo-tiny-t50.zarr
+    """
+    from cli.progress import size
+    from pathsegdiff.features.store import FeatureStore
+
+    opened = FeatureStore.open(store)
+    recipe, card = opened.recipe, opened.card
+    trained = "" if opened.model["trained"] else " (random weights)"
+    click.echo(f"{opened.path}: {card.title}")
+    click.echo(f"  licence      {card.licence}")
+    click.echo(f"  model        {opened.model['name']}{trained}, {recipe.model_sha256[:12]}")
+    click.echo(
+        f"  recipe       t {recipe.timestep}, conditioning {recipe.conditioning}, seed {recipe.seed}, "
+        f"computed in {recipe.precision}, stored as {recipe.dtype}"
+    )
+    click.echo(f"  fingerprint  {opened.fingerprint}")
+    click.echo(f"  made         {opened.provenance.get('created')} on {opened.provenance.get('device')}")
+    complete = {sample.index for sample in opened.samples()}
+    for split in card.splits:
+        rows = [sample for sample in opened.registered() if sample.split == split]
+        if rows:
+            done = sum(sample.index in complete for sample in rows)
+            click.echo(f"  split        {split}: {done} of {len(rows)} samples complete")
+    side = opened.patches_per_side
+    for level in opened.levels.values():
+        cells = side * level.cells_per_patch
+        names = ", ".join(tap.name for tap in level.taps)
+        click.echo(f"  {level.name:<12} ({level.channels}, {cells}, {cells}): {names}")
+    if opened.samples():
+        sizes = opened.bytes_of(opened.samples()[0])
+        parts = ", ".join(f"{name} {size(count)}" for name, count in sizes.items())
+        click.echo(f"  one sample   {size(sum(sizes.values()))}: {parts}")
+
+
+@cache.command()
+@click.argument("store", type=PATH)
+def verify(store: Path) -> None:
+    """Hold every file of every complete sample against its checksum; exit code 1 if one is damaged.
+
+    \b
+    Example:
+      psd cache verify features/demo-tiny-t50.zarr
+    """
+    from pathsegdiff.errors import StoreError
+    from pathsegdiff.features.store import FeatureStore
+    from pathsegdiff.features.verify import verify_store
+
+    opened = FeatureStore.open(store)
+    findings = verify_store(opened)
+    for finding in findings:
+        click.echo(f"{finding.sample.sample_id}: {finding.problem}")
+    if findings:
+        damaged = len({finding.sample.index for finding in findings})
+        raise StoreError(
+            f"{damaged} of {len(opened.samples())} samples are damaged; "
+            f"run `psd cache repair {store}`"
+        )
+    click.echo(f"{len(opened.samples())} complete samples, all whole: {store}")
+
+
+@cache.command()
+@click.argument("store", type=PATH)
+def repair(store: Path) -> None:
+    """Take the completion marks of damaged samples away, so that `psd extract` makes them anew.
+
+    \b
+    Example:
+      psd cache repair features/demo-tiny-t50.zarr
+    """
+    from pathsegdiff.features.verify import verify_store
+    from pathsegdiff.features.writer import writable
+
+    with writable(store) as writer:
+        findings = verify_store(writer.store)
+        damaged = {finding.sample.index: finding.sample for finding in findings}
+        for sample in damaged.values():
+            writer.forget(sample)
+            click.echo(f"{sample.sample_id}: will be extracted again")
+        if damaged:
+            click.echo(f"now run the extraction again: {writer.store.provenance.get('command')}")
+        else:
+            click.echo(f"nothing to repair: {store}")
+
+
+@cache.command()
+@click.argument("store", type=PATH)
+@click.option("--sample", "sample_ids", multiple=True, help="Only this sample; may be given again.")
+@click.option("--out", type=PATH, required=True, help="Folder for SAMPLE_ID.npz files.")
+def export(store: Path, sample_ids: tuple[str, ...], out: Path) -> None:
+    """Write samples as NPZ for other tools: the dense map f (float16), label and image.
+
+    \b
+    Example:
+      psd cache export features/demo-tiny-t50.zarr --sample GT2012118-1-400-001 --out exported
+    """
+    import numpy as np
+
+    from pathsegdiff.errors import StoreError
+    from pathsegdiff.features.store import FeatureStore
+
+    opened = FeatureStore.open(store)
+    by_id = {sample.sample_id: sample for sample in opened.samples()}
+    unknown = [name for name in sample_ids if name not in by_id]
+    if unknown:
+        raise StoreError(f"{store} has no complete sample {unknown[0]!r}; see `psd cache info`")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in sample_ids or by_id:
+        sample = by_id[name]
+        np.savez(
+            out / f"{name}.npz",
+            features=opened.dense(sample).astype(opened.recipe.dtype),
+            taps=np.array(opened.tap_names),
+            label=opened.label(sample),
+            image=opened.image(sample),
+        )
+        click.echo(f"{out / f'{name}.npz'}")

@@ -1,0 +1,353 @@
+"""The stage 1 loop: every region of a data set into one store per view, resuming by itself.
+
+Reading ahead and writing behind happen on threads, so that the network sets the pace. What is
+complete stays complete whatever happens: a sample's mark is written last.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mode
+from typing import Any
+
+import torch
+
+from pathsegdiff.config import Recipe
+from pathsegdiff.data.manifest import Dataset, Region, Sample
+from pathsegdiff.diffusion.bundle import Bundle
+from pathsegdiff.errors import ConfigError, DataError, StoreError
+from pathsegdiff.features.stage_one import PreparedRegion, RegionFeatures, StageOne, View
+from pathsegdiff.features.store import DatasetCard, StoredSample, sample_bytes
+from pathsegdiff.features.writer import SampleArrays, StoreWriter
+from pathsegdiff.provenance import provenance
+
+logger = logging.getLogger(__name__)
+
+#: Called with (patches done, patches to do) of this run.
+ProgressCallback = Callable[[int, int], None]
+#: Regions read ahead of the network, and finished ones that wait for the disk.
+_READ_AHEAD = 2
+_WRITE_BEHIND = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreResult:
+    """What an extraction did to one store."""
+
+    path: Path
+    view: View
+    written: int
+    skipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionPlan:
+    """What an extraction would do.
+
+    Attributes:
+        samples: Regions in the data set.
+        patches: In all regions together.
+        feature_bytes: Of all stores, before any compression; label, image and embeddings apart.
+        other_bytes: Label, image and embeddings, before compression.
+        seconds_per_patch: Measured on one batch of the first region, all views together.
+    """
+
+    samples: int
+    patches: int
+    feature_bytes: int
+    other_bytes: int
+    seconds_per_patch: float
+
+    @property
+    def seconds(self) -> float:
+        """Expected for the whole."""
+        return self.patches * self.seconds_per_patch
+
+
+def store_name(dataset: str, model: str, view: View) -> str:
+    """NAME-MODEL-tT[-null].zarr."""
+    null = "-null" if view.conditioning == "none" else ""
+    return f"{dataset}-{model}-t{view.timestep}{null}.zarr"
+
+
+def extract_dataset(
+    dataset: Dataset,
+    bundle: Bundle,
+    stage_one: StageOne,
+    stores: Mapping[View, Path],
+    *,
+    progress: ProgressCallback | None = None,
+) -> list[StoreResult]:
+    """Extract every region that a store does not have yet.
+
+    Args:
+        dataset: Its samples decide what is extracted.
+        bundle: Where ``stage_one`` was loaded from; its hash enters the recipe.
+        stage_one: The network and its settings.
+        stores: One path for each of its views.
+
+    Raises:
+        StoreError: If a store was made with other settings, or holds a sample whose image or mask
+            has changed since.
+        DataError: If an image or mask cannot be read; all finished samples are kept.
+    """
+    if not dataset.samples:
+        raise DataError(f"data set {dataset.name} has no samples to extract")
+    card = dataset_card(dataset)
+    with ExitStack() as stack:
+        writers: dict[View, StoreWriter] = {}
+        todo: dict[View, dict[str, StoredSample]] = {}
+        rows = [stored_sample(dataset, sample) for sample in dataset.samples]
+        for view, path in stores.items():
+            writer = StoreWriter.open(
+                path,
+                recipe=recipe_of(dataset, bundle, stage_one, view),
+                card=card,
+                model=model_facts(bundle, stage_one),
+                levels=stage_one.levels,
+                tokens=stage_one.tokens_level,
+                provenance=provenance(device=device_name(stage_one.device)),
+            )
+            writers[view] = stack.enter_context(writer)
+            registered = writer.register(rows)
+            _check_unchanged(dataset, writer, registered)
+            todo[view] = {
+                stored.sample_id: stored
+                for stored in registered
+                if not writer.store.is_complete(stored)
+            }
+        _run(dataset, stage_one, writers, todo, progress)
+    return [
+        StoreResult(
+            path=Path(path),
+            view=view,
+            written=len(todo[view]),
+            skipped=len(dataset.samples) - len(todo[view]),
+        )
+        for view, path in stores.items()
+    ]
+
+
+def plan_extraction(dataset: Dataset, bundle: Bundle, stage_one: StageOne) -> ExtractionPlan:
+    """Count patches and bytes, and time one batch of the first region."""
+    if not dataset.samples:
+        raise DataError(f"data set {dataset.name} has no samples to extract")
+    side = dataset.rule.region_px // dataset.rule.patch_px
+    sample = dataset.samples[0]
+    prepared = stage_one.prepare(
+        dataset.read(sample, seed=stage_one.seed).image, sample.sample_id
+    )
+    count = min(stage_one.batch_size, side * side)
+    batch = PreparedRegion(
+        patches=prepared.patches[:count], noise=prepared.noise[:count], grid=(1, count)
+    )
+    stage_one.run(batch)  # the first pass allocates and warms up
+    begin = time.perf_counter()
+    stage_one.run(batch)
+    seconds = (time.perf_counter() - begin) / count
+    levels = {level.name: level for level in stage_one.levels}
+    if stage_one.tokens_level is not None:
+        levels["tokens"] = stage_one.tokens_level
+    dtype = str(stage_one.dtype).removeprefix("torch.")
+    features = sample_bytes(levels, side, dtype) * len(stage_one.views)
+    other = 4 * dataset.rule.region_px**2 + 4 * side * side * stage_one.model.embed_dim
+    return ExtractionPlan(
+        samples=len(dataset.samples),
+        patches=len(dataset.samples) * side * side,
+        feature_bytes=features * len(dataset.samples),
+        other_bytes=other * len(stage_one.views) * len(dataset.samples),
+        seconds_per_patch=seconds,
+    )
+
+
+def recipe_of(dataset: Dataset, bundle: Bundle, stage_one: StageOne, view: View) -> Recipe:
+    """The recipe of one view's store."""
+    return Recipe(
+        model_sha256=bundle.card.sha256,
+        dataset_sha256=dataset.sha256,
+        timestep=view.timestep,
+        conditioning=view.conditioning,
+        taps=stage_one.taps,
+        dtype=str(stage_one.dtype).removeprefix("torch."),
+        precision=stage_one.precision,
+        seed=stage_one.seed,
+        layout=stage_one.layout,
+        tokens=stage_one.tokens_level is not None,
+    )
+
+
+def model_facts(bundle: Bundle, stage_one: StageOne) -> dict[str, Any]:
+    """What stage 2 is told about the bundle."""
+    return {
+        "name": bundle.card.name,
+        "sha256": bundle.card.sha256,
+        "trained": bundle.card.trained,
+        "head_width": bundle.card.head_width,
+        "embed_dim": stage_one.model.embed_dim,
+        "patch_px": stage_one.model.patch_px,
+    }
+
+
+def dataset_card(dataset: Dataset) -> DatasetCard:
+    """What stage 2 is told about the data set."""
+    manifest = dataset.manifest
+    sizes = [dataset.source_size(source) for source in dataset.sources]
+    return DatasetCard(
+        name=dataset.name,
+        title=manifest.title,
+        licence=manifest.licence,
+        scheme=dataset.scheme,
+        rule=dataset.rule,
+        splits=tuple(manifest.splits),
+        default_train=manifest.default_train,
+        default_eval=manifest.default_eval,
+        grouped=manifest.grouped,
+        typical_source_px=mode(sizes),
+        largest_source_px=(max(h for h, _ in sizes), max(w for _, w in sizes)),
+    )
+
+
+def stored_sample(dataset: Dataset, sample: Sample) -> StoredSample:
+    """A sample as the store lists it; its index is given when it is registered."""
+    return StoredSample(
+        sample_id=sample.sample_id,
+        index=-1,
+        split=sample.split,
+        group=sample.group,
+        source_px=dataset.source_size(sample.source),
+        extra={key: str(value) for key, value in sample.source.extra.items()},
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the hardware, for provenance."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def _run(
+    dataset: Dataset,
+    stage_one: StageOne,
+    writers: dict[View, StoreWriter],
+    todo: dict[View, dict[str, StoredSample]],
+    progress: ProgressCallback | None,
+) -> None:
+    wanted = {sample_id for samples in todo.values() for sample_id in samples}
+    samples = [sample for sample in dataset.samples if sample.sample_id in wanted]
+    side = dataset.rule.region_px // dataset.rule.patch_px
+    total = len(samples) * side * side
+    done = 0
+    with ThreadPoolExecutor(1, "psd-write") as pool:
+        writing: list[Future[None]] = []
+        try:
+            for sample, region, prepared in _read_ahead(dataset, stage_one, samples):
+                views = [view for view in writers if sample.sample_id in todo[view]]
+                features = stage_one.run(prepared, views)
+                while len(writing) >= _WRITE_BEHIND:
+                    writing.pop(0).result()
+                stored = {view: todo[view][sample.sample_id] for view in views}
+                writing.append(pool.submit(_write, writers, stored, region, features))
+                done += side * side
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            # Also after an error or Ctrl-C: what the network has finished still reaches the disk.
+            errors = [future.exception() for future in writing]
+        for error in errors:
+            if error is not None:
+                raise error
+
+
+def _read_ahead(
+    dataset: Dataset, stage_one: StageOne, samples: Sequence[Sample]
+) -> Iterator[tuple[Sample, Region, PreparedRegion]]:
+    """Read regions and draw noise on a thread, a few ahead of the network."""
+
+    def read(sample: Sample) -> tuple[Sample, Region, PreparedRegion]:
+        region = dataset.read(sample, seed=stage_one.seed)
+        return sample, region, stage_one.prepare(region.image, sample.sample_id)
+
+    pool = ThreadPoolExecutor(1, "psd-read")
+    try:
+        pending: list[Future[tuple[Sample, Region, PreparedRegion]]] = []
+        remaining = iter(samples)
+        for sample in remaining:
+            pending.append(pool.submit(read, sample))
+            if len(pending) > _READ_AHEAD:
+                yield pending.pop(0).result()
+        for future in pending:
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _write(
+    writers: dict[View, StoreWriter],
+    stored: dict[View, StoredSample],
+    region: Region,
+    features: RegionFeatures,
+) -> None:
+    for view, sample in stored.items():
+        levels = dict(features.levels[view])
+        if features.tokens is not None:
+            levels["tokens"] = features.tokens
+        writers[view].write(
+            sample,
+            SampleArrays(
+                levels=levels,
+                label=region.label,
+                image=region.image,
+                embedding=features.embedding,
+                instances=region.instances,
+                image_sha256=region.image_sha256,
+                mask_sha256=region.mask_sha256,
+            ),
+        )
+
+
+def _check_unchanged(
+    dataset: Dataset, writer: StoreWriter, registered: Sequence[StoredSample]
+) -> None:
+    """Refuse to continue where an image or mask of a finished sample has changed since."""
+    import dask
+
+    samples = {sample.sample_id: sample for sample in dataset.samples}
+    sources = {}
+    for stored in registered:
+        if writer.store.is_complete(stored):
+            sources.setdefault(samples[stored.sample_id].source.source_id, stored)
+    if not sources:
+        return
+    logger.info("Holding %d images of finished samples against their marks", len(sources))
+    finished = list(sources.values())
+    hashes = dask.compute(
+        *(
+            dask.delayed(dataset.source_hashes)(samples[stored.sample_id].source)
+            for stored in finished
+        ),
+        scheduler="threads",
+    )
+    for stored, (image, mask) in zip(finished, hashes, strict=True):
+        mark = writer.store.read_mark(stored)
+        for kind, now in (("image", image), ("mask", mask)):
+            if mark[f"{kind}_sha256"] != now:
+                raise StoreError(
+                    f"{writer.store.path}: the {kind} of sample {stored.sample_id} has changed "
+                    "since it was extracted; put the old one back, or choose another --out"
+                )
+
+
+def check_views(stores: Mapping[View, Path]) -> None:
+    """Refuse two views that would share a store.
+
+    Raises:
+        ConfigError: If two paths are the same.
+    """
+    paths = [Path(path) for path in stores.values()]
+    if len(set(paths)) != len(paths):
+        raise ConfigError(f"several timesteps or conditions need a folder, not one --out {paths[0]}")
