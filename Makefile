@@ -1,0 +1,60 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; the rest they install into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PSD := $(BIN)/psd
+CONSTRAINTS := tests/constraints.txt
+
+.PHONY: help setup demo test test-slow check format bench clean reproduce-table2
+
+help:
+	@echo "make demo              the whole pipeline on embedded images; leaves demo/report.html"
+	@echo "make test              the test suite (make test-slow: the long ones too)"
+	@echo "make check             ruff, mypy and the import-direction tests"
+	@echo "make setup             .venv with PathSegDiff and what developers need"
+	@echo "make bench             stage 1 beside its bare forwards"
+	@echo "make reproduce-table2  Table 2 of the paper (needs the paper's weights and BCSS)"
+	@echo "make clean             remove .venv and caches; data, features, runs and models stay"
+
+$(VENV)/.user: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "PathSegDiff needs Python 3.11 or newer; use make PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.user
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.user
+	$(PSD) demo
+
+test: $(VENV)/.user
+	$(BIN)/python -m pytest --quiet
+
+test-slow: $(VENV)/.user
+	$(BIN)/python -m pytest --quiet -m "not gpu and not weights"
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_imports.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.user
+	$(BIN)/python benchmarks/extraction.py
+
+reproduce-table2: $(VENV)/.user
+	@$(BIN)/python -m pathsegdiff.pipeline.reproduce table2
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
