@@ -53,6 +53,7 @@ def make_card(scheme: LabelScheme, region_px: int, patch_px: int) -> DatasetCard
         default_train="train",
         default_eval="test",
         grouped=True,
+        source_mpp=0.5,
         typical_source_px=(region_px * 3 // 4, region_px),
         largest_source_px=(region_px * 3 // 4, region_px),
     )

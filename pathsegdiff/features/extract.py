@@ -206,6 +206,7 @@ def dataset_card(dataset: Dataset) -> DatasetCard:
         default_train=manifest.default_train,
         default_eval=manifest.default_eval,
         grouped=manifest.grouped,
+        source_mpp=manifest.mpp,
         typical_source_px=mode(sizes),
         largest_source_px=(max(h for h, _ in sizes), max(w for _, w in sizes)),
     )

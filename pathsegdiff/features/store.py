@@ -91,8 +91,10 @@ class DatasetCard:
     """What stage 2 needs to know of the data set, without its manifest.
 
     Attributes:
-        source_px: The commonest (height, width) of its source images, and the largest seen per
-            axis: prediction scales a new image as the region rule scaled these.
+        source_mpp: Micrometres per pixel of its images, where the manifest states it.
+        typical_source_px: The commonest (height, width) of its images at their own mpp;
+            prediction scales a new image as the region rule scaled these.
+        largest_source_px: The largest height and the largest width.
     """
 
     name: str
@@ -104,6 +106,7 @@ class DatasetCard:
     default_train: str
     default_eval: str
     grouped: bool
+    source_mpp: float | None
     typical_source_px: tuple[int, int]
     largest_source_px: tuple[int, int]
 
@@ -119,6 +122,7 @@ class DatasetCard:
             "default_train": self.default_train,
             "default_eval": self.default_eval,
             "grouped": self.grouped,
+            "source_mpp": self.source_mpp,
             "typical_source_px": list(self.typical_source_px),
             "largest_source_px": list(self.largest_source_px),
         }
@@ -136,6 +140,7 @@ class DatasetCard:
             default_train=str(values["default_train"]),
             default_eval=str(values["default_eval"]),
             grouped=bool(values["grouped"]),
+            source_mpp=None if values["source_mpp"] is None else float(values["source_mpp"]),
             typical_source_px=_pair(values["typical_source_px"]),
             largest_source_px=_pair(values["largest_source_px"]),
         )
