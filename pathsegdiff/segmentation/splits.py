@@ -1,0 +1,169 @@
+"""Which samples of a store train, which validate, which are held out; no group is in two of them."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pathsegdiff.errors import RunError
+from pathsegdiff.features.store import FeatureStore, StoredSample
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The samples of a training.
+
+    Attributes:
+        train: Their pixels make the gradient.
+        val: They choose the epoch that is kept; empty where there is no validation.
+        held_out: The test part of a fold; empty without folds.
+    """
+
+    train: tuple[StoredSample, ...]
+    val: tuple[StoredSample, ...]
+    held_out: tuple[StoredSample, ...] = ()
+
+    def to_dict(self) -> dict[str, list[str]]:
+        """Sample ids of each part."""
+        return {
+            "train": [sample.sample_id for sample in self.train],
+            "val": [sample.sample_id for sample in self.val],
+            "held_out": [sample.sample_id for sample in self.held_out],
+        }
+
+
+def choose_parts(
+    store: FeatureStore, *, split: str | None, val: str, fold: int | None, seed: int
+) -> Parts:
+    """Divide a store's complete samples.
+
+    Args:
+        store: Open for reading.
+        split: To train on; None for the manifest's training split, or for all splits with a fold.
+        val: A fraction of the training groups in [0, 1), or a split.
+        fold: Its samples are held out and the others train; by the manifest's fold column.
+        seed: Which groups validate.
+
+    Raises:
+        RunError: If a part would be empty, or a name is unknown.
+    """
+    if fold is None:
+        candidates, held_out = _of_split(store, split or store.card.default_train), ()
+    else:
+        candidates, held_out = _of_fold(store, split, fold)
+    fraction = parse_fraction(val)
+    if fraction is None:
+        if fold is not None:
+            raise RunError(f"--val {val} cannot go with --fold; give a fraction such as --val 0.2")
+        if val == (split or store.card.default_train):
+            raise RunError(f"--val {val} is the split that trains; name another, or a fraction")
+        return Parts(train=candidates, val=_named_validation(store, candidates, val))
+    val_groups = validation_groups([s.group for s in candidates], fraction, seed)
+    return Parts(
+        train=tuple(sample for sample in candidates if sample.group not in val_groups),
+        val=tuple(sample for sample in candidates if sample.group in val_groups),
+        held_out=held_out,
+    )
+
+
+def parse_fraction(val: str) -> float | None:
+    """The number in ``--val``, or None where it names a split.
+
+    Raises:
+        RunError: If it is a number outside [0, 1).
+    """
+    try:
+        fraction = float(val)
+    except ValueError:
+        return None
+    if not 0 <= fraction < 1:
+        raise RunError(f"--val must be a fraction from 0 to below 1, or a split, got {val}")
+    return fraction
+
+
+def validation_groups(groups: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """A fraction of the groups, at least one, by a hash of (seed, group).
+
+    A group's place depends on its own name only, so that a sample more or less moves few others.
+
+    Raises:
+        RunError: If nothing would be left to train on.
+    """
+    if fraction == 0:
+        return set()
+    distinct = sorted(
+        set(groups), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest()
+    )
+    if len(distinct) < 2:
+        raise RunError(
+            f"all {len(groups)} training samples belong to one group ({distinct[0]!r}), so none "
+            "can be put aside for validation; name a split with --val SPLIT, or use --val 0"
+        )
+    count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
+    return set(distinct[:count])
+
+
+def _of_split(store: FeatureStore, split: str) -> tuple[StoredSample, ...]:
+    samples = store.samples(split)
+    if not samples:
+        raise RunError(f"{store.path} has no complete sample of split {split!r}; {_splits(store)}")
+    return samples
+
+
+def _of_fold(
+    store: FeatureStore, split: str | None, fold: int
+) -> tuple[tuple[StoredSample, ...], tuple[StoredSample, ...]]:
+    samples = store.samples() if split is None else _of_split(store, split)
+    columns = sorted({key for sample in samples for key in sample.extra if key.endswith("fold")})
+    if len(columns) != 1:
+        found = f"it has {', '.join(columns)}" if columns else "it has none"
+        raise RunError(
+            f"--fold needs one column whose name ends in 'fold' in the manifest of "
+            f"{store.card.name}; {found}"
+        )
+    column = columns[0]
+    values = sorted({sample.extra.get(column, "") for sample in samples} - {""})
+    if str(fold) not in values:
+        raise RunError(f"--fold {fold}: {store.path} has the folds {', '.join(values)}")
+    in_fold = {sample.sample_id for sample in samples if sample.extra.get(column) == str(fold)}
+    held_out = tuple(sample for sample in samples if sample.sample_id in in_fold)
+    # A sample without a fold belongs to none, and is not trained on either.
+    others = tuple(
+        sample
+        for sample in samples
+        if sample.extra.get(column) and sample.sample_id not in in_fold
+    )
+    if not others:
+        raise RunError(f"--fold {fold}: no sample of {store.path} is left to train on")
+    shared = {sample.group for sample in held_out} & {sample.group for sample in others}
+    if shared:
+        raise RunError(
+            f"--fold {fold}: group {min(shared)!r} is in several folds of {store.card.name}; "
+            f"mend the manifest's column {column}"
+        )
+    return others, held_out
+
+
+def _named_validation(
+    store: FeatureStore, train: Sequence[StoredSample], split: str
+) -> tuple[StoredSample, ...]:
+    samples = _of_split(store, split)
+    shared = {sample.group for sample in samples} & {sample.group for sample in train}
+    if shared:
+        # The official splits of some data sets share patients; the user named this one.
+        _logger.warning(
+            "validation split %s shares %d groups with the training part (%s, ...)",
+            split,
+            len(shared),
+            min(shared),
+        )
+    return samples
+
+
+def _splits(store: FeatureStore) -> str:
+    found = sorted({sample.split for sample in store.samples()})
+    if not found:
+        return "it has no complete sample at all; run `psd extract` again to finish it"
+    return f"complete are samples of {', '.join(found)}"
