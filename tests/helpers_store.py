@@ -106,7 +106,7 @@ def open_writer(
     path: Path,
     *,
     scheme: LabelScheme = GLANDS,
-    taps: Sequence[TapSpec] = TAPS,
+    tap_specs: Sequence[TapSpec] = TAPS,
     region_px: int = 64,
     patch_px: int = 32,
     layout: str = "levels",
@@ -116,7 +116,7 @@ def open_writer(
     settings: dict[str, object] = {
         "model_sha256": "a" * 64,
         "dataset_sha256": "b" * 64,
-        "taps": tuple(tap.name for tap in taps),
+        "taps": tuple(tap.name for tap in tap_specs),
         "layout": layout,
     }
     return StoreWriter.open(
@@ -131,7 +131,7 @@ def open_writer(
             "embed_dim": 5,
             "patch_px": patch_px,
         },
-        levels=plan_levels(taps, patch_px, layout),
+        levels=plan_levels(tap_specs, patch_px, layout),
         tokens=None,
         provenance={"command": "psd extract --dataset shapes", "created": "then", "device": "cpu"},
     )
@@ -161,7 +161,7 @@ def build_store(
     rng = np.random.default_rng(seed)
     scheme = settings.get("scheme", GLANDS)
     assert isinstance(scheme, LabelScheme)
-    taps = settings.get("taps", TAPS)
+    taps = settings.get("tap_specs", TAPS)
     with open_writer(path, **settings) as writer:  # type: ignore[arg-type]
         card = writer.store.card
         for sample in writer.register(make_samples(train, test)):

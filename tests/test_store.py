@@ -1,0 +1,293 @@
+"""The feature store: what is written is read, and what is damaged is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch.nn import functional as F
+
+from pathsegdiff.config import ALL_TAPS, Recipe
+from pathsegdiff.errors import StoreError
+from pathsegdiff.features.layout import TapSpec, plan_levels
+from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.features.verify import verify_store
+from pathsegdiff.features.writer import writable
+from tests.helpers_store import (
+    GLANDS,
+    TAPS,
+    TISSUE,
+    build_store,
+    make_arrays,
+    make_label,
+    make_samples,
+    open_writer,
+)
+
+PAPER_TAPS = tuple(
+    TapSpec(name=name, channels=channels, stride=stride)
+    for name, channels, stride in zip(
+        ALL_TAPS,
+        (960, 960, 960, 960, 576, 576, 576, 384, 384, 384, 192, 192, 192),
+        (32, 32, 32, 16, 16, 16, 8, 8, 8, 4, 4, 4, 4),
+        strict=True,
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> FeatureStore:
+    return build_store(tmp_path_factory.mktemp("store") / "shapes.zarr")
+
+
+def damaged(tmp_path: Path) -> Path:
+    return Path(build_store(tmp_path / "shapes.zarr", train=2, test=1).path)
+
+
+def test_the_papers_taps_make_four_levels_of_7296_channels():
+    levels = plan_levels(PAPER_TAPS, 256, "levels")
+    assert [(level.name, level.channels) for level in levels] == [
+        ("stride_4", 960),
+        ("stride_8", 1344),
+        ("stride_16", 2112),
+        ("stride_32", 2880),
+    ]
+    # facts: 6,033,408 values per patch at native size
+    assert sum(level.channels * level.cells_per_patch**2 for level in levels) == 6_033_408
+
+
+def test_a_chunk_never_mixes_two_taps():
+    for level in plan_levels(PAPER_TAPS, 256, "levels"):
+        channels, _, _ = level.chunk(3, 3, 2)
+        assert all(tap.start % channels == 0 for tap in level.taps)
+
+
+def test_what_is_written_is_read(tmp_path):
+    rng = np.random.default_rng(5)
+    with open_writer(tmp_path / "s.zarr") as writer:
+        sample = writer.register(make_samples(1, 0))[0]
+        arrays = make_arrays(rng, make_label(rng, GLANDS, 64), GLANDS, TAPS, 32)
+        writer.write(sample, arrays)
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    read = store.samples()[0]
+    for name, features in arrays.levels.items():
+        np.testing.assert_array_equal(store.read_level(read, name), features.astype(np.float16))
+    np.testing.assert_array_equal(store.label(read), arrays.label)
+    np.testing.assert_array_equal(store.image(read), arrays.image)
+    np.testing.assert_array_equal(store.embedding(read), arrays.embedding)
+    np.testing.assert_array_equal(store.instances(read), arrays.instances)
+
+
+def test_some_taps_and_some_cells_are_read_alone(store):
+    sample = store.samples()[0]
+    whole = store.read_level(sample, "stride_4")
+    part = store.read_level(
+        sample, "stride_4", rows=slice(3, 9), columns=slice(5, 16), taps=["up_08", "up_10"]
+    )
+    np.testing.assert_array_equal(
+        part, np.concatenate([whole[0:4], whole[6:8]])[:, 3:9, 5:16]
+    )
+
+
+def test_the_dense_map_is_the_papers_computed_the_plain_way(store):
+    sample = store.samples()[1]
+    maps = {}
+    for level in store.levels.values():
+        values = torch.from_numpy(store.read_level(sample, level.name).astype(np.float32))
+        cells = level.cells_per_patch
+        for tap in level.taps:
+            stitched = torch.zeros(tap.stop - tap.start, 16, 16)
+            for row in range(2):
+                for column in range(2):
+                    patch = values[
+                        tap.start : tap.stop,
+                        row * cells : (row + 1) * cells,
+                        column * cells : (column + 1) * cells,
+                    ]
+                    up = F.interpolate(patch[None], size=(8, 8), mode="bilinear")[0]
+                    stitched[:, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = up
+            maps[tap.name] = stitched
+    expected = torch.cat([maps[tap] for tap in ALL_TAPS]).numpy()
+    np.testing.assert_allclose(store.dense(sample), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_samples_are_listed_by_split_and_only_complete_ones_exist(tmp_path):
+    rng = np.random.default_rng(0)
+    with open_writer(tmp_path / "s.zarr") as writer:
+        samples = writer.register(make_samples(2, 1))
+        writer.write(samples[2], make_arrays(rng, make_label(rng, GLANDS, 64), GLANDS, TAPS, 32))
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert [sample.sample_id for sample in store.samples()] == ["test_0"]
+    assert store.samples("train") == ()
+    with pytest.raises(StoreError, match="sample train_0 is not complete"):
+        store.label(store.registered()[0])
+
+
+def test_a_second_extraction_appends_and_keeps_what_is_there(tmp_path):
+    path = Path(build_store(tmp_path / "s.zarr", train=2, test=0).path)
+    before = FeatureStore.open(path)
+    features = before.read_level(before.samples()[1], "stride_8")
+    with open_writer(path) as writer:
+        samples = writer.register(make_samples(2, 3))
+    assert [sample.index for sample in samples] == [0, 1, 2, 3, 4]
+    after = FeatureStore.open(path)
+    assert len(after.samples()) == 2
+    np.testing.assert_array_equal(after.read_level(after.samples()[1], "stride_8"), features)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("timestep", 100, r"was made with timestep 50, this run asks for 100\. Use --t 50, or"),
+        ("seed", 1, r"seed 0, this run asks for 1\. Use --seed 0"),
+        ("conditioning", "none", r"conditioning encoder, this run asks for none.*Use --cond encoder"),
+        ("dtype", "float32", r"dtype float16, this run asks for float32.*Use --dtype float16"),
+        ("precision", "bfloat16", r"precision float32, this run asks for bfloat16"),
+        ("model_sha256", "c" * 64, r"model_sha256 aaaaaaaaaaaa, this run asks for cccccccccccc"),
+        ("dataset_sha256", "c" * 64, r"dataset_sha256 bbbbbbbbbbbb, this run asks for"),
+        ("taps", ("up_08",), r"taps middle,up_00.*this run asks for up_08\. Use --taps middle"),
+    ],
+)
+def test_another_recipe_is_refused_by_field_and_value(tmp_path, field, value, message):
+    path = damaged(tmp_path)
+    with pytest.raises(StoreError, match=message):
+        open_writer(path, **{field: value})
+
+
+def test_a_value_that_float16_cannot_hold_is_refused_and_float32_offered(tmp_path):
+    rng = np.random.default_rng(0)
+    with open_writer(tmp_path / "s.zarr") as writer:
+        sample = writer.register(make_samples(1, 0))[0]
+        arrays = make_arrays(rng, make_label(rng, GLANDS, 64), GLANDS, TAPS, 32)
+        arrays.levels["stride_8"][3, 2, 1] = 70000.0
+        with pytest.raises(StoreError, match="stride_8 of sample train_0 .* use --dtype float32"):
+            writer.write(sample, arrays)
+        arrays.levels["stride_8"][3, 2, 1] = np.nan
+        with pytest.raises(StoreError, match="the model is broken"):
+            writer.write(sample, arrays)
+    assert FeatureStore.open(tmp_path / "s.zarr").samples() == ()
+
+
+def test_features_of_another_shape_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    with open_writer(tmp_path / "s.zarr") as writer:
+        sample = writer.register(make_samples(1, 0))[0]
+        arrays = make_arrays(rng, make_label(rng, GLANDS, 64), GLANDS, TAPS, 32)
+        arrays.levels["stride_8"] = arrays.levels["stride_8"][1:]
+        with pytest.raises(StoreError, match=r"stride_8 of sample train_0 has shape \(13, 8, 8\)"):
+            writer.write(sample, arrays)
+
+
+def test_a_missing_chunk_is_an_error_and_never_zeros(tmp_path):
+    path = damaged(tmp_path)
+    (path / "stride_8" / "c" / "1" / "0" / "0" / "0").unlink()
+    store = FeatureStore.open(path)
+    store.read_level(store.samples()[0], "stride_8")
+    with pytest.raises(StoreError, match="sample train_1 is damaged, stride_8/c/1/0/0/0 is missing"):
+        store.read_level(store.samples()[1], "stride_8")
+
+
+def test_a_flipped_byte_is_an_error_when_read_and_named_by_verify(tmp_path):
+    path = damaged(tmp_path)
+    file = path / "stride_4" / "c" / "2" / "0" / "0" / "0"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    store = FeatureStore.open(path)
+    with pytest.raises(StoreError, match="sample test_0 is damaged in stride_4"):
+        store.read_level(store.samples()[2], "stride_4")
+    findings = verify_store(store)
+    assert [(f.sample.sample_id, f.problem) for f in findings] == [
+        ("test_0", "stride_4/c/2/0/0/0 has another checksum")
+    ]
+
+
+def test_a_truncated_file_is_an_error(tmp_path):
+    path = damaged(tmp_path)
+    file = path / "label" / "c" / "0" / "0" / "0"
+    file.write_bytes(file.read_bytes()[:-3])
+    store = FeatureStore.open(path)
+    with pytest.raises(StoreError, match="sample train_0 is damaged, label/c/0/0/0 has"):
+        store.label(store.samples()[0])
+
+
+def test_a_damaged_mark_is_named(tmp_path):
+    path = damaged(tmp_path)
+    (path / "marks" / "00000000.json").write_text('{"sample_id": "train_0"')
+    store = FeatureStore.open(path)
+    with pytest.raises(StoreError, match="the completion mark of sample train_0 is damaged"):
+        store.image(store.samples()[0])
+
+
+def test_a_whole_store_verifies(store):
+    assert verify_store(store) == []
+
+
+def test_a_forgotten_sample_is_no_longer_complete(tmp_path):
+    path = damaged(tmp_path)
+    with writable(path) as writer:
+        writer.forget(writer.store.samples()[0])
+    names = [sample.sample_id for sample in FeatureStore.open(path).samples()]
+    assert names == ["train_1", "test_0"]
+
+
+def test_two_writers_at_once_are_refused(tmp_path):
+    path = damaged(tmp_path)
+    with open_writer(path), pytest.raises(StoreError, match="another process is extracting"):
+        open_writer(path)
+    open_writer(path).close()
+
+
+def test_what_is_no_store_is_said_so(tmp_path):
+    with pytest.raises(StoreError, match="there is no feature store; make one with `psd extract`"):
+        FeatureStore.open(tmp_path / "nothing.zarr")
+    zarr.create_group(str(tmp_path / "plain.zarr"))
+    with pytest.raises(StoreError, match="a Zarr group but no feature store"):
+        FeatureStore.open(tmp_path / "plain.zarr")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="exists and is no feature store"):
+        open_writer(tmp_path / "folder")
+    assert (tmp_path / "folder" / "notes.txt").read_text() == "mine"
+
+
+def test_altered_attributes_are_noticed(tmp_path):
+    path = damaged(tmp_path)
+    metadata = json.loads((path / "zarr.json").read_text())
+    metadata["attributes"]["pathsegdiff"]["recipe"]["timestep"] = 60
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    with pytest.raises(StoreError, match="does not match its fingerprint"):
+        FeatureStore.open(path)
+
+
+def test_a_data_set_without_objects_has_no_instances(tmp_path):
+    store = build_store(tmp_path / "s.zarr", train=1, test=0, scheme=TISSUE)
+    assert store.instances(store.samples()[0]) is None
+
+
+def test_the_dense_layout_reads_as_the_levels_do(tmp_path):
+    store = build_store(tmp_path / "s.zarr", train=1, test=0, layout="dense")
+    assert list(store.levels) == ["dense"]
+    sample = store.samples()[0]
+    assert store.dense(sample).shape == (sum(tap.channels for tap in TAPS), 16, 16)
+
+
+def test_the_fingerprint_changes_with_every_field():
+    base = Recipe(model_sha256="a", dataset_sha256="b")
+    changed = [
+        {"model_sha256": "x"},
+        {"dataset_sha256": "x"},
+        {"timestep": 51},
+        {"conditioning": "none"},
+        {"taps": ("up_03",)},
+        {"dtype": "float32"},
+        {"precision": "bfloat16"},
+        {"seed": 1},
+        {"layout": "dense"},
+        {"tokens": True},
+    ]
+    assert {field for change in changed for field in change} == set(base.to_dict())
+    prints = {Recipe(**{**base.to_dict(), **change}).fingerprint() for change in changed}
+    assert len(prints | {base.fingerprint()}) == len(changed) + 1
