@@ -13,6 +13,7 @@ prediction holds has no IoU, and stays out of every mean over classes.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -246,7 +247,7 @@ def class_image_means(confusions: np.ndarray) -> list[dict[str, float]]:
     ]
 
 
-def json_safe(value: object) -> object:
+def json_safe(value: object) -> Any:
     """Turn numpy scalars and arrays, tuples, and nan or infinity (-> ``None``) into JSON types."""
     if isinstance(value, Mapping):
         return {str(key): json_safe(entry) for key, entry in value.items()}

@@ -148,11 +148,12 @@ def _interval(value: float, drawn: np.ndarray, level: float) -> Interval:
     if not len(defined):
         return Interval(value=value, low=np.nan, high=np.nan, level=level, draws=0)
     # Between a finite draw and an infinite one there is nothing to interpolate.
-    method = "linear" if np.isfinite(defined).all() else "inverted_cdf"
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2], method=method)
-    return Interval(
-        value=value, low=float(low), high=float(high), level=level, draws=len(defined)
-    )
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    if np.isfinite(defined).all():
+        low, high = np.quantile(defined, ends)
+    else:
+        low, high = np.quantile(defined, ends, method="inverted_cdf")
+    return Interval(value=value, low=float(low), high=float(high), level=level, draws=len(defined))
 
 
 def pixel_statistics(confusions: np.ndarray) -> dict[str, np.ndarray]:
