@@ -15,7 +15,6 @@ import resource
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ def main() -> None:
     device = resolve_device(options.device)
     bundle = load_bundle(options.model)
     dataset = open_dataset("demo")
-    dataset = replace(dataset, samples=dataset.samples[: options.samples])
+    dataset.samples = dataset.samples[: options.samples]
     view = View(timestep=50, conditioning="encoder")
     stage_one = StageOne(
         bundle.load(device=device),
