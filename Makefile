@@ -53,7 +53,7 @@ bench: $(VENV)/.user
 	$(BIN)/python benchmarks/extraction.py
 
 reproduce-table2: $(VENV)/.user
-	@$(BIN)/python -m pathsegdiff.pipeline.reproduce table2
+	@$(PSD) reproduce table2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ COMMANDS = {
     "data": "cli.data:data",
     "cache": "cli.cache:cache",
     "probe": "cli.probe:probe",
+    "reproduce": "cli.reproduce:reproduce",
 }
 #: One line each, so that ``psd --help`` imports no command.
 _SHORT_HELP = {
@@ -34,6 +35,7 @@ _SHORT_HELP = {
     "data": "Data sets: what is needed, where from, is it whole.",
     "cache": "Feature stores: contents, integrity, repair, export.",
     "probe": "One patch through stage 1, every number saved.",
+    "reproduce": "The paper's tables.",
 }
 
 
