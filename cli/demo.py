@@ -1,0 +1,54 @@
+"""``psd demo``: the whole pipeline on the embedded images."""
+
+from pathlib import Path
+
+import click
+
+from cli.options import PATH, device_option, seed_option
+
+
+@click.command()
+@click.option("--out", type=PATH, default=Path("demo"), show_default=True,
+              help="Folder for features, run and report.html.")
+@click.option("--model", default="tiny", show_default=True, help="A bundle's name or folder.")
+@device_option
+@seed_option
+@click.pass_context
+def demo(ctx: click.Context, out: Path, model: str, device: str, seed: int) -> None:
+    """The whole pipeline on 48 embedded colon biopsies: extract, train, evaluate, report.
+
+    \b
+    Example:
+      psd demo
+      psd demo --out /tmp/demo --model models/mine
+    """
+    from cli.progress import Progress, duration
+    from cli.train_head import TrainingProgress
+    from pathsegdiff.pipeline.demo import run_demo
+
+    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    with (
+        Progress("extract", "patches", quiet=quiet) as extracting,
+        TrainingProgress(quiet=quiet) as training,
+    ):
+        result = run_demo(
+            out,
+            model=model,
+            device=device,
+            seed=seed,
+            log=click.echo,
+            extract_progress=extracting,
+            train_progress=training,
+        )
+    click.echo("")
+    for name in ("accuracy", "dice", "miou", "f1"):
+        low, high = result.metrics["intervals"][name][:2]
+        click.echo(f"  {name:<9} {result.metrics[name]:.3f}   95 % interval {low:.3f} to {high:.3f}")
+    took = ", ".join(f"{step} {duration(value)}" for step, value in result.seconds.items())
+    click.echo(f"\n{took}")
+    if not result.trained:
+        click.echo(
+            f"The model {model} has random weights: these numbers are a floor, not a result.\n"
+        )
+    click.echo(f"Open {result.report} for the overlays.")
+    click.echo(f"Next: psd predict --run {result.run} --out predictions YOUR_IMAGE.png")
