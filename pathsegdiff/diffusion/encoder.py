@@ -1,0 +1,192 @@
+"""Self-supervised patch encoder: a vision transformer as in HIPT, built with timm.
+
+HIPT (Chen et al. 2022, https://arxiv.org/abs/2206.02647) runs a DINO ViT-S/16 that was trained on
+224 px at 256 px, and resizes the position table on the way. timm resizes it a little differently
+(0.6 % on random weights), so a bundle holds the table as HIPT would have it, and timm leaves it
+alone. Shapes: B = batch, D = embedding, N = patch tokens along one side, P = patch_px.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pathsegdiff.diffusion.third_party import VisionTransformer
+from pathsegdiff.errors import BundleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Shape of the encoder; the defaults are HIPT's ViT-S/16 (facts: 21,665,664 parameters).
+
+    Attributes:
+        architecture: "vit" is the only one so far.
+        embed_dim: D.
+        depth: Transformer blocks.
+        num_heads: Attention heads of a block.
+        patch_size: Image pixels along one side of a token.
+        image_size: Pixels along one side of the input.
+        mean: Of an RGB channel in [0, 1], subtracted first.
+        std: Divided by.
+        mlp_ratio: Hidden width of a block's MLP, in D.
+        qkv_bias: Whether queries, keys and values have biases.
+    """
+
+    architecture: str = "vit"
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    patch_size: int = 16
+    image_size: int = 256
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+
+    @property
+    def token_grid(self) -> int:
+        """N: patch tokens along one side."""
+        return self.image_size // self.patch_size
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> "EncoderConfig":
+        """Read and check what ``to_dict`` wrote, or what a user wrote by hand.
+
+        Raises:
+            BundleError: If a value is unknown or cannot be; ``where`` names the file.
+        """
+        if not isinstance(values, dict):
+            raise BundleError(f"{where}: the encoder's settings must be a JSON object")
+        known = list(cls.__dataclass_fields__)
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise BundleError(
+                f"{where}: the encoder has no setting {unknown[0]!r}; there are {', '.join(known)}"
+            )
+        if values.get("architecture", "vit") != "vit":
+            raise BundleError(
+                f"{where}: architecture must be 'vit', got {values['architecture']!r}"
+            )
+        for name, largest in _LARGEST.items():
+            value = values.get(name, 1)
+            if type(value) is not int or not 1 <= value <= largest:
+                raise BundleError(f"{where}: {name} must be 1 to {largest}, got {value!r}")
+        for name in ("mean", "std"):
+            _check_triple(values.get(name, (0.5, 0.5, 0.5)), name, where)
+        ratio = values.get("mlp_ratio", 4.0)
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 64:
+            raise BundleError(f"{where}: mlp_ratio must be in (0, 64], got {ratio!r}")
+        if not isinstance(values.get("qkv_bias", True), bool):
+            raise BundleError(f"{where}: qkv_bias must be true or false")
+        triples = {name: tuple(values[name]) for name in ("mean", "std") if name in values}
+        config = cls(**{**values, **triples})
+        if config.embed_dim % config.num_heads:
+            raise BundleError(
+                f"{where}: embed_dim {config.embed_dim} is no multiple of "
+                f"num_heads {config.num_heads}"
+            )
+        if config.image_size % config.patch_size:
+            raise BundleError(
+                f"{where}: image_size {config.image_size} is no multiple of "
+                f"patch_size {config.patch_size}"
+            )
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+
+#: Upper bounds that no encoder we know comes near; they keep a hostile file from filling memory.
+_LARGEST = {
+    "embed_dim": 4096,
+    "depth": 128,
+    "num_heads": 256,
+    "patch_size": 256,
+    "image_size": 4096,
+}
+
+
+def _check_triple(values: Any, name: str, where: str) -> None:
+    numbers = (
+        isinstance(values, Sequence)
+        and len(values) == 3
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    )
+    if not numbers or (name == "std" and min(values) <= 0):
+        raise BundleError(f"{where}: {name} must be three numbers, got {values!r}")
+
+
+class PatchEncoder(nn.Module):
+    """Images -> class token (the embedding) and patch tokens."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vit = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            num_classes=0,
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+            qkv_bias=config.qkv_bias,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # HIPT; timm's own default differs
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the transformer once.
+
+        Args:
+            images: (B, 3, P, P) in [0, 1].
+
+        Returns:
+            (B, D) class token after the last LayerNorm, not L2-normalised, and
+            (B, D, N, N) patch tokens; both in the dtype of the computation.
+        """
+        # new_tensor and not a buffer: these are settings, and no entry of a state dict
+        mean = images.new_tensor(self.config.mean).view(1, 3, 1, 1)
+        std = images.new_tensor(self.config.std).view(1, 3, 1, 1)
+        normalized = ((images - mean) / std).to(self.vit.cls_token.dtype)
+        tokens = self.vit.forward_features(normalized)
+        grid = self.config.token_grid
+        patches = tokens[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
+        return tokens[:, 0], patches
+
+
+def resize_position_table(table: Tensor, token_grid: int) -> Tensor:
+    """Resize a position table as HIPT's ``interpolate_pos_encoding`` does.
+
+    Bicubic by the scale factor (N + 0.1) / M, without antialias. The factor, not the size, decides
+    where the samples fall, so that asking for the size N gives other numbers.
+
+    Args:
+        table: (1, 1 + M * M, D) class token first.
+        token_grid: N, tokens wanted along one side.
+
+    Returns:
+        (1, 1 + N * N, D) float32; unchanged values where M = N.
+
+    Raises:
+        ValueError: If the table is not square.
+    """
+    table = table.float()
+    side = math.isqrt(table.shape[1] - 1)
+    if side * side != table.shape[1] - 1:
+        raise ValueError(f"a position table of {table.shape[1] - 1} patches is not square")
+    if side == token_grid:
+        return table
+    patches = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    factor = (token_grid + 0.1) / side
+    resized = F.interpolate(patches, scale_factor=(factor, factor), mode="bicubic")
+    rows = resized.permute(0, 2, 3, 1).reshape(1, token_grid * token_grid, -1)
+    return torch.cat([table[:, :1], rows], dim=1)
