@@ -163,7 +163,7 @@ def panel(
     title: str = "",
     caption: str = "",
     tile_px: int = 448,
-    alpha: float = 0.28,
+    alpha: float = 0.25,
 ) -> np.ndarray:
     """One row of tiles with captions and a legend: image, truth, prediction, errors.
 

@@ -424,11 +424,16 @@ def _distribution(content: ReportContent) -> str:
     values = sorted((value, name) for value, name in ranked if 0 <= value <= 1)
     if len(values) < 2:
         return ""
+    numbers = [value for value, _ in values]
+    # The axis: whole tenths around the scores, at least three of them.
+    first = min(math.floor(numbers[0] * 10), 7)
+    last = max(math.ceil(numbers[-1] * 10), first + 3)
     width, left, right = 1000, 20, 20
     bins = 50
     stacks: dict[int, list[tuple[float, str]]] = {}
     for value, name in values:
-        stacks.setdefault(min(int(value * bins), bins - 1), []).append((value, name))
+        index = int((value * 10 - first) / (last - first) * bins)
+        stacks.setdefault(min(index, bins - 1), []).append((value, name))
     tallest = max(len(stack) for stack in stacks.values())
     step = min(14.0, 220 / tallest)
     height = round(tallest * step + 58)
@@ -436,11 +441,11 @@ def _distribution(content: ReportContent) -> str:
     span = width - left - right
 
     def place(value: float) -> float:
-        return left + span * value
+        return left + span * (value * 10 - first) / (last - first)
 
     dots = []
     for index, stack in sorted(stacks.items()):
-        x = place((index + 0.5) / bins)
+        x = left + span * (index + 0.5) / bins
         for level, (value, name) in enumerate(stack):
             y = floor - step * (level + 0.5) - 1
             dots.append(
@@ -450,9 +455,8 @@ def _distribution(content: ReportContent) -> str:
     ticks = "".join(
         f'<line x1="{place(t / 10):.1f}" y1="{floor}" x2="{place(t / 10):.1f}" y2="{floor + 5}"/>'
         f'<text x="{place(t / 10):.1f}" y="{floor + 21}">{t / 10:.1f}</text>'
-        for t in range(11)
+        for t in range(first, last + 1)
     )
-    numbers = [value for value, _ in values]
     median = float(np.median(numbers))
     marker = (
         f'<line class="median" x1="{place(median):.1f}" y1="8" x2="{place(median):.1f}" '
@@ -474,14 +478,17 @@ def _panels(content: ReportContent) -> str:
     rows = [row for row in content.images if row["sample_id"] in content.panels]
     if not rows:
         return ""
-    # Worst first; an image without a score goes to the end; equals keep their order.
-    rows.sort(key=lambda row: (math.isnan(r := _rank(row, content.rank_by)), r))
-    ends = min(3, len(rows) // 3)
-    if len(rows) > MAX_PANELS:
-        middle = np.linspace(ends, len(rows) - ends - 1, MAX_PANELS - 2 * ends).astype(int)
-        shown = rows[:ends] + [rows[i] for i in middle] + rows[len(rows) - ends :]
-    else:
-        shown = rows
+    # Worst first, equals in their order; an image without a score is neither best nor worst.
+    unscored = [row for row in rows if math.isnan(_rank(row, content.rank_by))]
+    scored = [row for row in rows if not math.isnan(_rank(row, content.rank_by))]
+    scored.sort(key=lambda row: _rank(row, content.rank_by))
+    ends = min(3, len(scored) // 3)
+    worst, best = scored[:ends], scored[len(scored) - ends :][::-1]
+    others = scored[ends : len(scored) - ends] + unscored
+    room = MAX_PANELS - 2 * ends
+    if len(others) > room:
+        others = [others[i] for i in np.linspace(0, len(others) - 1, room).astype(int)]
+    shown = [*worst, *best, *others]
     pictures = _encoded([content.panels[str(row["sample_id"])] for row in shown])
     figures = [_figure(row, picture) for row, picture in zip(shown, pictures, strict=True)]
     left_out = (
@@ -493,15 +500,15 @@ def _panels(content: ReportContent) -> str:
     if not ends:
         return (
             f'<section><h2>Segmentations</h2><p class="fine">By {named}, lowest first.</p>'
-            f'<div class="large">{"".join(figures)}</div></section>'
+            f'{left_out}<div class="large">{"".join(figures)}</div></section>'
         )
     return (
         f'<section><h2>Worst images</h2><p class="fine">By {named}, lowest first.</p>'
         f'<div class="large">{"".join(figures[:ends])}</div></section>\n'
         f'<section><h2>Best images</h2><p class="fine">By {named}, highest first.</p>'
-        f'<div class="large">{"".join(reversed(figures[-ends:]))}</div></section>\n'
+        f'<div class="large">{"".join(figures[ends : 2 * ends])}</div></section>\n'
         f'<section><h2>The others</h2><p class="fine">By {named}, lowest first.</p>{left_out}'
-        f'<div class="tiles">{"".join(figures[ends:-ends])}</div></section>'
+        f'<div class="tiles">{"".join(figures[2 * ends :])}</div></section>'
     )
 
 
@@ -532,8 +539,9 @@ def _jpeg(picture: Image.Image, width: int) -> bytes:
         height = max(1, round(picture.height * width / picture.width))
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    # 4:4:4, since the outlines are thin and coloured.
-    picture.save(stream, "JPEG", quality=_JPEG_QUALITY, optimize=True, subsampling=0)
+    # 4:4:4, since the outlines are thin and coloured. Not optimize=True: Pillow's buffer for it is
+    # too small for noisy pictures ("encoder error -2").
+    picture.save(stream, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
     return stream.getvalue()
 
 
@@ -632,7 +640,8 @@ figure { margin: 0 0 18px; }
 figure img { display: block; width: 100%; height: auto; border: 1px solid var(--line);
   border-radius: 6px; }
 figcaption { margin-top: 4px; font-size: 13px; overflow-wrap: anywhere; }
-figcaption span { color: var(--faint); margin-left: 12px; white-space: nowrap; }
+figcaption span { color: var(--faint); margin-right: 10px; white-space: nowrap; }
+figcaption strong { margin-right: 10px; }
 figcaption b { color: var(--ink); font-variant-numeric: tabular-nums; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(540px, 1fr));
   gap: 6px 18px; }
