@@ -1,0 +1,992 @@
+"""Manifests: what a data set is made of; and the data set itself, opened on a machine.
+
+    NAME.toml   title, licence, citation, where to get it, label codes -> classes, region rule
+    NAME.csv    one row per source image: sample_id, image, mask, split, group, pixel hashes
+
+A manifest names pixels, not files: ``image`` and ``mask`` are paths below the data root whose
+container may be another one (train_1.bmp is found as train_1.png). All of it is checked when it is
+read, since manifests are passed around and a path or an id of theirs reaches the file system.
+"""
+
+import csv
+import io
+import logging
+import os
+import re
+import threading
+import tomllib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+import pathsegdiff
+from pathsegdiff.config import content_hash
+from pathsegdiff.data.image import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    file_sha256,
+    image_size,
+    is_jpeg,
+    pixel_sha256,
+    read_image,
+    read_label_image,
+    shown,
+)
+from pathsegdiff.data.labels import LabelScheme
+from pathsegdiff.data.passes import map_threads
+from pathsegdiff.data.regions import (
+    RegionRule,
+    Window,
+    centre_offset,
+    check_mpp,
+    dont_care_share,
+    pad_region,
+    plan_windows,
+    resize_image,
+    resize_label,
+    scaled_size,
+    window_offset,
+)
+from pathsegdiff.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+REQUIRED_COLUMNS = ("sample_id", "image", "mask", "split", "group")
+#: Columns with a meaning of their own; all others are kept in ``Source.extra``.
+_OPTIONAL_COLUMNS = ("image_sha256", "mask_sha256", "image_file_sha256", "height_px", "width_px")
+_REQUIRED_KEYS = ("name", "title", "licence", "labels", "region", "splits")
+_TEXTS = ("title", "licence", "citation", "homepage", "where", "layout")
+_OPTIONAL_KEYS = (
+    *_TEXTS[2:],
+    "mpp",
+    "grouped",
+    "default_train",
+    "default_eval",
+    "root",
+    "embedded",
+)
+#: Also the name of files that are made from samples: no separator, no leading dot, not too long.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NAME_RULE = "letters, digits, dots, underscores and hyphens, at most 128"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_TOML_BYTES = 1 << 20
+_MAX_CSV_BYTES = 1 << 28
+#: Size of an image against its row: beyond this it was exported at another resolution.
+_SIZE_TOLERANCE = 0.02
+_HINT = "; see `psd data show {}` for what is expected and where to get it"
+_WHITE = 255
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One row of a manifest: a source image with its mask.
+
+    Attributes:
+        source_id: Unique; letters, digits, dots, underscores and hyphens.
+        image, mask: Paths relative to the data root, with forward slashes.
+        split: Part of the official split.
+        group: Patient, case or slide.
+        image_sha256, mask_sha256: ``pixel_sha256`` of the decoded pixels, or "".
+        image_file_sha256: Of a JPEG file itself, or "": decoders may differ in a JPEG's pixels.
+        size_px: (height, width), or None.
+        extra: The other columns.
+    """
+
+    source_id: str
+    image: str
+    mask: str
+    split: str
+    group: str
+    image_sha256: str = ""
+    mask_sha256: str = ""
+    image_file_sha256: str = ""
+    size_px: tuple[int, int] | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One region of a data set.
+
+    Attributes:
+        sample_id: That of its source, or SOURCE_rROWcCOL for a window.
+        source: What it is cut from.
+        window: Where, or None where the whole source is resized.
+    """
+
+    sample_id: str
+    source: Source
+    window: Window | None = None
+
+    @property
+    def split(self) -> str:
+        """Part of the official split."""
+        return self.source.split
+
+    @property
+    def group(self) -> str:
+        """Patient, case or slide."""
+        return self.source.group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a data set is made of, whether or not its files are here.
+
+    Attributes:
+        name: As in ``psd data list``, or of the user's own manifest.
+        title, licence, citation, homepage: For people.
+        where: How to get it.
+        layout: What is expected where below the data root.
+        mpp: Micrometres per pixel of the source images, or None.
+        scheme: What mask codes mean.
+        rule: How a source becomes regions.
+        splits: Names in order.
+        default_train, default_eval: The splits that training and evaluation take unless told.
+        grouped: Whether no group stands in two splits.
+        sources: In the order of the file.
+        path: Of the TOML file.
+        root: Of the files, where the manifest itself says so; else None.
+    """
+
+    name: str
+    title: str
+    licence: str
+    citation: str
+    homepage: str
+    where: str
+    layout: str
+    mpp: float | None
+    scheme: LabelScheme
+    rule: RegionRule
+    splits: tuple[str, ...]
+    default_train: str
+    default_eval: str
+    grouped: bool
+    sources: tuple[Source, ...]
+    path: Path
+    root: Path | None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of what decides labels and regions: rows, hashes, codes, resolution.
+
+        Where the files lie, their containers, titles and colours do not enter.
+        """
+        scheme = self.scheme.to_dict()
+        for entry in (*scheme["classes"], scheme["dont_care"]):
+            if entry is not None:
+                del entry["colour"]
+        rows = [
+            [row.source_id, row.split, row.group, row.image_sha256, row.mask_sha256]
+            for row in self.sources
+        ]
+        return content_hash(
+            {"rows": rows, "scheme": scheme, "mpp": self.mpp, "train": self.default_train}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """A sample, read.
+
+    Attributes:
+        image: (H, W, 3) uint8, H = W = ``region_px``.
+        label: (H, W) uint8 class ids; K or more is not counted.
+        instances: (H0, W0) int32 objects at the source's own size where the data set counts them.
+        source_px: (height, width) of the source image.
+        image_sha256, mask_sha256: ``pixel_sha256`` of the decoded source.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    instances: np.ndarray | None
+    source_px: tuple[int, int]
+    image_sha256: str
+    mask_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decoded:
+    """Pixels of a source at the rule's resolution.
+
+    Attributes:
+        pixels: The image, or the class ids.
+        instances: Objects at the source's own size, of masks where they are counted.
+        size: (height, width) of the source.
+        sha256: Of its decoded pixels.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    sha256: str
+    instances: np.ndarray | None = None
+
+
+class Dataset:
+    """A manifest with the place of its files; reads regions.
+
+    Attributes:
+        manifest: As it was loaded.
+        root: Folder below which the files lie.
+        rule: The manifest's, at the resolution that was asked for.
+        splits: Those that are opened, in the manifest's order.
+        sources: Of these splits, in the manifest's order.
+        samples: Of these splits; the windows of one source stand together, row by row.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        root: Path,
+        rule: RegionRule,
+        splits: Sequence[str],
+        files: dict[str, tuple[Path, Path]],
+    ) -> None:
+        self.manifest = manifest
+        self.root = root
+        self.rule = rule
+        self.splits = tuple(splits)
+        self.sources = tuple(source for source in manifest.sources if source.split in splits)
+        self._files = files
+        self._sizes: dict[str, tuple[int, int]] = {}
+        # Image and mask of two sources: enough for a reader that goes source by source.
+        self._latest: _Latest[tuple[str, str], _Decoded] = _Latest(4)
+        self.samples = self._make_samples()
+
+    @property
+    def name(self) -> str:
+        """Of the manifest."""
+        return self.manifest.name
+
+    @property
+    def scheme(self) -> LabelScheme:
+        """What mask codes mean."""
+        return self.manifest.scheme
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over the manifest's content and the region rule (``Recipe.dataset_sha256``).
+
+        The same whichever splits are opened, and wherever the files lie.
+        """
+        return content_hash({"manifest": self.manifest.sha256, "rule": self.rule.to_dict()})
+
+    def split_samples(self, split: str) -> tuple[Sample, ...]:
+        """The samples of one split."""
+        return tuple(sample for sample in self.samples if sample.split == split)
+
+    def image_path(self, source: Source) -> Path:
+        """Where the image of a source lies."""
+        return self._files[source.source_id][0]
+
+    def mask_path(self, source: Source) -> Path:
+        """Where the mask of a source lies."""
+        return self._files[source.source_id][1]
+
+    def source_size(self, source: Source) -> tuple[int, int]:
+        """(height, width) of a source image, from its header.
+
+        Raises:
+            DataError: If the file cannot be read.
+        """
+        if source.source_id not in self._sizes:
+            self._sizes[source.source_id] = image_size(self.image_path(source))
+        return self._sizes[source.source_id]
+
+    def source_hashes(self, source: Source) -> tuple[str, str]:
+        """``pixel_sha256`` of image and mask as they are now; the manifest is not asked.
+
+        Raises:
+            DataError: If a file cannot be read.
+        """
+        return (
+            pixel_sha256(read_image(self.image_path(source))),
+            pixel_sha256(read_label_image(self.mask_path(source))),
+        )
+
+    def read(self, sample: Sample, *, seed: int = 0) -> Region:
+        """Read one region.
+
+        Safe to call from several threads; the last two sources of a windowed data set are kept
+        decoded.
+
+        Args:
+            sample: One of ``samples``.
+            seed: Of the crop of a window of the training split; other splits take the middle.
+
+        Raises:
+            DataError: If a file cannot be read, differs from the manifest's hash, the mask has
+                another size than the image or holds unknown codes.
+        """
+        image = self._decoded("image", sample.source)
+        label = self._decoded("mask", sample.source)
+        if image.size != label.size:
+            raise size_mismatch(self.mask_path(sample.source), label.size, image.size)
+        return Region(
+            image=self._region(sample, image.pixels, seed, _WHITE),
+            label=self._region(sample, label.pixels, seed, self.scheme.outside_id),
+            instances=label.instances,
+            source_px=image.size,
+            image_sha256=image.sha256,
+            mask_sha256=label.sha256,
+        )
+
+    def read_label(self, sample: Sample, *, seed: int = 0) -> np.ndarray:
+        """The label of ``read`` without decoding the image: (H, W) uint8.
+
+        Raises:
+            DataError: As ``read``, for the mask.
+        """
+        label = self._decoded("mask", sample.source).pixels
+        return self._region(sample, label, seed, self.scheme.outside_id)
+
+    def _region(self, sample: Sample, pixels: np.ndarray, seed: int, outside: int) -> np.ndarray:
+        side = self.rule.region_px
+        window = sample.window
+        if window is None:
+            resize = resize_image if pixels.ndim == 3 else resize_label
+            return resize(pixels, (side, side))
+        slack = max(0, window.height - side), max(0, window.width - side)
+        if sample.split == self.manifest.default_train:
+            down, right = window_offset(seed, sample.sample_id, *slack)
+        else:
+            down, right = centre_offset(*slack)
+        top, left = window.top + down, window.left + right
+        bottom = min(top + side, window.top + window.height)
+        end = min(left + side, window.left + window.width)
+        # A copy: a view would keep the whole source in memory.
+        return pad_region(pixels[top:bottom, left:end], side, outside).copy()
+
+    def _decoded(self, kind: str, source: Source) -> _Decoded:
+        decode = self._decode_image if kind == "image" else self._decode_mask
+        if self.rule.kind == "resize":  # each source is read once
+            return decode(source)
+        return self._latest.get((kind, source.source_id), lambda: decode(source))
+
+    def _decode_image(self, source: Source) -> _Decoded:
+        path = self.image_path(source)
+        image = read_image(path)
+        size, sha256 = image.shape[:2], pixel_sha256(image)
+        verify_image(source, path, sha256)
+        if self.rule.kind == "window":
+            image = resize_image(image, self._scaled(size))
+        return _Decoded(pixels=image, size=size, sha256=sha256)
+
+    def _decode_mask(self, source: Source) -> _Decoded:
+        path = self.mask_path(source)
+        raw = read_label_image(path)
+        size, sha256 = raw.shape, pixel_sha256(raw)
+        verify_mask(source, path, sha256)
+        instances = None
+        label = self.scheme.apply(raw, str(path))
+        if self.rule.kind == "window":
+            label = resize_label(label, self._scaled(size))
+        elif self.scheme.objects is not None:
+            instances = self.scheme.object_map(raw)
+        return _Decoded(pixels=label, size=size, sha256=sha256, instances=instances)
+
+    def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+        return scaled_size(*size, region_scale(self.manifest, self.rule))
+
+    def _make_samples(self) -> tuple[Sample, ...]:
+        if self.rule.kind == "resize":
+            return tuple(
+                Sample(sample_id=source.source_id, source=source) for source in self.sources
+            )
+        filtered = self.scheme.dont_care is not None and self.rule.max_dont_care < 1
+        if filtered:
+            logger.info("Reading %d masks for windows without content", len(self.sources))
+        per_source = map_threads(self._windows_of, self.sources)
+        samples = tuple(
+            Sample(
+                sample_id=f"{source.source_id}_r{window.row}c{window.col}",
+                source=source,
+                window=window,
+            )
+            for source, windows in zip(self.sources, per_source, strict=True)
+            for window in windows
+        )
+        for split in self.splits:
+            if not any(sample.split == split for sample in samples):
+                raise DataError(
+                    f"data set {self.name}: every window of split {split} is more than "
+                    f"{self.rule.max_dont_care:.0%} don't care; check the codes of its manifest"
+                )
+        return samples
+
+    def _windows_of(self, source: Source) -> list[Window]:
+        size = self.source_size(source)
+        check_size(source, self.image_path(source), size)
+        assert self.rule.window_px is not None  # the rule's own check
+        windows = plan_windows(*self._scaled(size), self.rule.window_px)
+        if self.scheme.dont_care is None or self.rule.max_dont_care >= 1:
+            return windows
+        label = self._decode_mask(source)
+        if label.size != size:
+            raise size_mismatch(self.mask_path(source), label.size, size)
+        return [
+            window
+            for window in windows
+            if dont_care_share(label.pixels, window, self.scheme) <= self.rule.max_dont_care
+        ]
+
+
+def list_manifests() -> list[str]:
+    """Names of the data sets that are known, sorted."""
+    return sorted({path.stem for folder in _manifest_folders() for path in folder.glob("*.toml")})
+
+
+def load_manifest(name_or_path: str | Path) -> Manifest:
+    """Read a manifest and check all of it.
+
+    Args:
+        name_or_path: A name of ``list_manifests``, or the path of a TOML file.
+
+    Raises:
+        DataError: If there is none, or something in it is missing, unknown or hostile.
+    """
+    path = _find_manifest(name_or_path)
+    table = _read_toml(path)
+    _check_keys(path, table)
+    texts = {key: _text(path, key, table.get(key, "")) for key in _TEXTS}
+    name = table["name"]
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DataError(f"{shown(path)}: name must be {_NAME_RULE}, got {shown(name)!r}")
+    splits = table["splits"]
+    if (
+        not isinstance(splits, list)
+        or not splits
+        or not all(isinstance(split, str) and _NAME.fullmatch(split) for split in splits)
+        or len(set(splits)) != len(splits)
+    ):
+        raise DataError(f"{shown(path)}: splits must be a list of different names")
+    defaults = {
+        "default_train": "train" if "train" in splits else splits[0],
+        "default_eval": "test" if "test" in splits else splits[-1],
+    }
+    for key in defaults:
+        defaults[key] = table.get(key, defaults[key])
+        if defaults[key] not in splits:
+            raise DataError(
+                f"{shown(path)}: {key} must be one of {', '.join(splits)}, "
+                f"got {shown(defaults[key])!r}"
+            )
+    grouped = table.get("grouped", False)
+    if not isinstance(grouped, bool):
+        raise DataError(f"{shown(path)}: grouped must be true or false, got {shown(grouped)!r}")
+    mpp = table.get("mpp")
+    try:
+        check_mpp("mpp", mpp)
+        scheme = LabelScheme.from_dict(table["labels"])
+        rule = RegionRule.from_dict(table["region"])
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {error}") from None
+    if rule.kind == "window" and rule.mpp is not None and mpp is None:
+        raise DataError(f"{shown(path)}: region has an mpp, so the manifest needs one too")
+    if rule.kind == "window" and scheme.objects is not None:
+        raise DataError(
+            f"{shown(path)}: objects are counted only where whole images are resized; "
+            "take labels.objects out, or use region kind resize"
+        )
+    sources = _read_sources(path.with_suffix(".csv"), splits)
+    if grouped:
+        _check_groups(path.with_suffix(".csv"), sources)
+    return Manifest(
+        name=name,
+        **texts,
+        mpp=None if mpp is None else float(mpp),
+        scheme=scheme,
+        rule=rule,
+        splits=tuple(splits),
+        **defaults,
+        grouped=grouped,
+        sources=sources,
+        path=path,
+        root=_own_root(path, table),
+    )
+
+
+def open_dataset(
+    name_or_path: str | Path,
+    *,
+    data_root: Path | None = None,
+    splits: Sequence[str] = (),
+    mpp: float | None = None,
+) -> Dataset:
+    """Find the files of a data set.
+
+    Args:
+        name_or_path: As for ``load_manifest``.
+        data_root: Folder below which the files lie. Else the one that the manifest records, else
+            $PSD_DATA/NAME, else ./data/NAME.
+        splits: Open these, which must be there whole. Empty: all of which any file is there; the
+            others are skipped with a warning.
+        mpp: Micrometres per pixel of the regions, instead of the manifest's; windows only.
+
+    Raises:
+        DataError: If the manifest is wrong, a split is unknown, not there or partly there, or
+            the resolution cannot be had.
+    """
+    manifest = load_manifest(name_or_path)
+    rule = _rule_at(manifest, mpp)
+    for split in splits:
+        if split not in manifest.splits:
+            raise DataError(
+                f"data set {manifest.name} has no split {shown(split)!r}; "
+                f"there are {', '.join(manifest.splits)}"
+            )
+    root = data_root_of(manifest, data_root)
+    files = find_files(manifest, root)
+    chosen = _present_splits(manifest, root, files, splits)
+    paths = {
+        source_id: (image, mask)
+        for source_id, (image, mask) in files.items()
+        if image is not None and mask is not None
+    }
+    return Dataset(manifest, root, rule, chosen, paths)
+
+
+def data_root_of(manifest: Manifest, data_root: Path | None = None) -> Path:
+    """The folder below which the files of a data set are looked for.
+
+    An archive often unpacks into a folder of its own: where the root holds a single folder and
+    nothing else, that one is meant.
+
+    Raises:
+        DataError: If there is no such folder.
+    """
+    if data_root is not None:
+        root, option = Path(data_root), "--data-root"
+    elif manifest.root is not None:
+        root, option = manifest.root, "root of the manifest"
+    elif os.environ.get("PSD_DATA"):
+        root, option = Path(os.environ["PSD_DATA"]) / manifest.name, "PSD_DATA"
+    else:
+        root, option = Path("data") / manifest.name, "the default; or give --data-root"
+    if not root.is_dir():
+        raise DataError(
+            f"data set {manifest.name}: there is no folder {shown(root)} ({option})"
+            + _HINT.format(_reference(manifest))
+        )
+    entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+    first = PurePosixPath(manifest.sources[0].image).parts[0]
+    if len(entries) == 1 and entries[0].is_dir() and entries[0].name != first:
+        return entries[0]
+    return root
+
+
+def find_files(manifest: Manifest, root: Path) -> dict[str, tuple[Path | None, Path | None]]:
+    """Where image and mask of each source lie; None for what is not there.
+
+    The path of the manifest, or the same stem in another container, lossless ones first.
+    """
+    folders: dict[Path, dict[str, list[str]]] = {}
+
+    def find(relative: str) -> Path | None:
+        path = root / relative
+        if path.parent not in folders:
+            folders[path.parent] = _images_by_stem(path.parent)
+        names = folders[path.parent].get(path.stem, [])
+        if path.name in names:
+            return path
+        return path.parent / names[0] if names else None
+
+    return {
+        source.source_id: (find(source.image), find(source.mask)) for source in manifest.sources
+    }
+
+
+def verify_image(source: Source, path: Path, sha256: str) -> None:
+    """Hold the decoded pixels of an image against the manifest.
+
+    Decoders may round a JPEG's pixels differently. Where the manifest also knows the file, and it
+    is that very file, the difference is a warning.
+
+    Raises:
+        DataError: If they differ.
+    """
+    if source.image_sha256 in ("", sha256):
+        return
+    if source.image_file_sha256 and is_jpeg(path) and file_sha256(path) == source.image_file_sha256:
+        logger.warning(
+            "%s: this JPEG decoder gives other pixels than the manifest's; the file is right",
+            shown(path),
+        )
+        return
+    raise _altered("image", source, path)
+
+
+def verify_mask(source: Source, path: Path, sha256: str) -> None:
+    """Hold the decoded codes of a mask against the manifest.
+
+    Raises:
+        DataError: If they differ.
+    """
+    if source.mask_sha256 not in ("", sha256):
+        raise _altered("mask", source, path)
+
+
+def check_size(source: Source, path: Path, size: tuple[int, int]) -> None:
+    """Refuse an image whose size says that it was exported at another resolution.
+
+    Raises:
+        DataError: If a side is more than 2 % off the manifest's.
+    """
+    if source.size_px is None:
+        return
+    if any(
+        abs(here - there) > max(2, _SIZE_TOLERANCE * there)
+        for here, there in zip(size, source.size_px, strict=True)
+    ):
+        raise DataError(
+            f"{shown(path)} is {size[0]} x {size[1]} px, the manifest says "
+            f"{source.size_px[0]} x {source.size_px[1]}; get it at the manifest's resolution"
+        )
+
+
+def size_mismatch(mask: Path, mask_px: tuple[int, int], image_px: tuple[int, int]) -> DataError:
+    """The error for a mask of another size than its image."""
+    return DataError(
+        f"{shown(mask)} is {mask_px[0]} x {mask_px[1]} px, its image "
+        f"{image_px[0]} x {image_px[1]}; a mask must have the size of its image"
+    )
+
+
+def region_scale(manifest: Manifest, rule: RegionRule) -> float:
+    """How much a source is scaled before it is cut into windows."""
+    if rule.mpp is None or manifest.mpp is None:
+        return 1.0
+    return manifest.mpp / rule.mpp
+
+
+class _Latest(Generic[Key, Value]):
+    """The last few values that were made, each made once even where threads ask together."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Key, _Entry[Value]] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is None:
+                entry = _Entry()
+            self._entries[key] = entry
+            while len(self._entries) > self._size:
+                self._entries.popitem(last=False)
+        with entry.lock:  # one maker at a time; what raises is made again by the next
+            if not entry.values:
+                entry.values.append(make())
+            return entry.values[0]
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return type(self), (self._size,)  # another process decodes for itself
+
+
+class _Entry(Generic[Value]):
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.values: list[Value] = []
+
+
+def _manifest_folders() -> list[Path]:
+    """Of an installed wheel, and of a checkout."""
+    package = Path(pathsegdiff.__file__).parent
+    folders = (package / "data_manifests", package.parent / "data_manifests")
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _find_manifest(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    if not text.endswith(".toml") and _NAME.fullmatch(text):
+        for folder in _manifest_folders():
+            if (folder / f"{text}.toml").is_file():
+                return folder / f"{text}.toml"
+        raise DataError(
+            f"no data set is called {text!r}; there are {', '.join(list_manifests())}, or give "
+            "the path of a manifest (.toml; `psd data init` writes one)"
+        )
+    path = Path(name_or_path)
+    if "\0" in text or not path.is_file():
+        raise DataError(f"{shown(text)}: there is no such manifest; `psd data init` writes one")
+    if path.suffix != ".toml":
+        raise DataError(f"{shown(text)} is no manifest; give the .toml file")
+    return path
+
+
+def _reference(manifest: Manifest) -> str:
+    """What a user calls this manifest on the command line."""
+    built_in = manifest.path.parent in _manifest_folders()
+    return manifest.name if built_in else shown(manifest.path)
+
+
+def _read_limited(path: Path, limit: int) -> str:
+    try:
+        if path.stat().st_size > limit:
+            raise DataError(f"{shown(path)} is larger than {limit >> 20} MiB: that is no manifest")
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(
+            f"{shown(path)}: there is no such file; a manifest is NAME.toml beside NAME.csv"
+        ) from None
+    except UnicodeDecodeError:
+        raise DataError(f"{shown(path)} is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    text = _read_limited(path, _MAX_TOML_BYTES)
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, ValueError) as error:
+        raise DataError(f"{shown(path)} is not valid TOML: {shown(error)}") from None
+    except RecursionError:
+        raise DataError(f"{shown(path)} is not valid TOML: it is nested too deeply") from None
+
+
+def _check_keys(path: Path, table: dict[str, Any]) -> None:
+    known = (*_REQUIRED_KEYS, *_OPTIONAL_KEYS)
+    for key in _REQUIRED_KEYS:
+        if key not in table:
+            raise DataError(f"{shown(path)} lacks {key}; needed are {', '.join(_REQUIRED_KEYS)}")
+    for key in table:
+        if key not in known:
+            raise DataError(f"{shown(path)}: unknown key {shown(key)!r}; known: {', '.join(known)}")
+
+
+def _text(path: Path, key: str, value: object) -> str:
+    if not isinstance(value, str) or len(value) > 10_000:
+        raise DataError(f"{shown(path)}: {key} must be a text of at most 10,000 characters")
+    # These are printed: no control characters, which could drive a terminal.
+    lines = [value] if key in ("title", "licence", "homepage") else value.split("\n")
+    if not all(line.isprintable() for line in lines):
+        raise DataError(f"{shown(path)}: {key} holds a control character; write it as plain text")
+    return value.strip()
+
+
+def _own_root(path: Path, table: dict[str, Any]) -> Path | None:
+    embedded, root = table.get("embedded"), table.get("root")
+    if embedded is not None:
+        if not isinstance(embedded, str) or not _NAME.fullmatch(embedded):
+            raise DataError(f"{shown(path)}: embedded must be {_NAME_RULE}")
+        return Path(__file__).parent / embedded
+    if root is None:
+        return None
+    if not isinstance(root, str) or not root or not root.isprintable():
+        raise DataError(f"{shown(path)}: root must be the path of a folder, got {shown(root)!r}")
+    return path.parent / root
+
+
+def _read_sources(path: Path, splits: Sequence[str]) -> tuple[Source, ...]:
+    text = _read_limited(path, _MAX_CSV_BYTES)
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    sources: list[Source] = []
+    seen: dict[str, str] = {}
+    try:
+        header = next(rows, [])
+        _check_header(path, header)
+        for row in rows:
+            where = f"{shown(path)}, line {rows.line_num}"
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise DataError(f"{where}: {len(row)} fields, the header has {len(header)}")
+            source = _read_source(where, dict(zip(header, row, strict=True)), splits)
+            for kind, value in (("sample_id", source.source_id), ("image", source.image)):
+                if seen.setdefault(f"{kind} {value}", where) is not where:
+                    raise DataError(
+                        f"{where}: {kind} {value!r} stands twice; each row is an image of its own"
+                    )
+            sources.append(source)
+    except csv.Error as error:
+        raise DataError(f"{shown(path)}, line {rows.line_num}: {shown(error)}") from None
+    if not sources:
+        raise DataError(f"{shown(path)} lists no images")
+    for split in splits:
+        if not any(source.split == split for source in sources):
+            raise DataError(f"{shown(path)}: no row is of split {split!r}")
+    return tuple(sources)
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    missing = [column for column in REQUIRED_COLUMNS if column not in header]
+    if missing:
+        raise DataError(
+            f"{shown(path)} lacks the column {missing[0]}; needed are {', '.join(REQUIRED_COLUMNS)}"
+        )
+    if len(set(header)) != len(header):
+        raise DataError(f"{shown(path)}: a column stands twice in the header")
+
+
+def _read_source(where: str, row: dict[str, str], splits: Sequence[str]) -> Source:
+    for column, value in row.items():
+        if not value.isprintable() or len(value) > 1000:
+            raise DataError(
+                f"{where}: {shown(column)} holds a control character or more than 1000 "
+                f"characters: {shown(value)[:80]!r}"
+            )
+    if not _NAME.fullmatch(row["sample_id"]):
+        raise DataError(f"{where}: sample_id must be {_NAME_RULE}, got {row['sample_id']!r}")
+    for column in ("image", "mask"):
+        _check_relative(f"{where}: {column}", row[column])
+    if row["split"] not in splits:
+        raise DataError(f"{where}: split must be one of {', '.join(splits)}, got {row['split']!r}")
+    if not row["group"].strip():
+        raise DataError(f"{where}: group is empty; repeat the sample_id where each stands alone")
+    for column in ("image_sha256", "mask_sha256", "image_file_sha256"):
+        if row.get(column) and not _SHA256.fullmatch(row[column]):
+            raise DataError(f"{where}: {column} must be 64 hex digits, got {row[column]!r}")
+    known = (*REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS)
+    return Source(
+        source_id=row["sample_id"],
+        image=row["image"],
+        mask=row["mask"],
+        split=row["split"],
+        group=row["group"],
+        image_sha256=row.get("image_sha256", ""),
+        mask_sha256=row.get("mask_sha256", ""),
+        image_file_sha256=row.get("image_file_sha256", ""),
+        size_px=_size(where, row.get("height_px", ""), row.get("width_px", "")),
+        extra={column: value for column, value in row.items() if column not in known},
+    )
+
+
+def _check_relative(where: str, value: str) -> None:
+    """Only a path that stays below the data root on every system."""
+    parts = value.split("/")
+    if (
+        not value
+        or "\\" in value
+        or PurePosixPath(value).is_absolute()
+        or re.match(r"[A-Za-z]:", value)
+        or any(part in ("", ".", "..") for part in parts)
+    ):
+        raise DataError(
+            f"{where} must be a path below the data root with forward slashes and no '..', "
+            f"got {value!r}"
+        )
+    if PurePosixPath(value).suffix.lower() not in IMAGE_SUFFIXES:
+        raise DataError(f"{where} must end in one of {', '.join(IMAGE_SUFFIXES)}, got {value!r}")
+
+
+def _size(where: str, height: str, width: str) -> tuple[int, int] | None:
+    if not height and not width:
+        return None
+    sides = [int(text) if re.fullmatch(r"[0-9]{1,7}", text) else 0 for text in (height, width)]
+    if not 0 < sides[0] * sides[1] <= MAX_PIXELS:
+        raise DataError(
+            f"{where}: height_px and width_px must be integers above 0, of at most "
+            f"{MAX_PIXELS:,} pixels together, got {height!r} and {width!r}"
+        )
+    return sides[0], sides[1]
+
+
+def _check_groups(path: Path, sources: Iterable[Source]) -> None:
+    split_of: dict[str, str] = {}
+    for source in sources:
+        split = split_of.setdefault(source.group, source.split)
+        if split != source.split:
+            raise DataError(
+                f"{shown(path)}: group {source.group!r} stands in {split} and in {source.split}; "
+                "move it whole into one, or set grouped = false in the manifest"
+            )
+
+
+def _rule_at(manifest: Manifest, mpp: float | None) -> RegionRule:
+    if mpp is None:
+        return manifest.rule
+    if manifest.rule.kind == "resize":
+        raise DataError(
+            f"data set {manifest.name} is resized to {manifest.rule.region_px} px; a resolution "
+            "(--mpp) applies to data sets that are cut into windows"
+        )
+    if manifest.mpp is None:
+        raise DataError(
+            f"data set {manifest.name} does not say its own resolution; add mpp to "
+            f"{shown(manifest.path)}"
+        )
+    check_mpp("mpp", mpp)
+    return replace(manifest.rule, mpp=mpp)
+
+
+def _images_by_stem(folder: Path) -> dict[str, list[str]]:
+    """Image files of a folder, the preferred container of each stem first."""
+    found: dict[str, list[str]] = {}
+    try:
+        entries = sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return found
+    for name in entries:
+        stem, dot, suffix = name.rpartition(".")
+        if dot and f".{suffix.lower()}" in IMAGE_SUFFIXES:
+            found.setdefault(stem, []).append(name)
+    for names in found.values():
+        names.sort(key=lambda name: IMAGE_SUFFIXES.index(Path(name).suffix.lower()))
+    return found
+
+
+def _present_splits(
+    manifest: Manifest,
+    root: Path,
+    files: dict[str, tuple[Path | None, Path | None]],
+    wanted: Sequence[str],
+) -> list[str]:
+    """The splits to open: those wanted, else all that are there; whole, or it is an error."""
+    hint = _HINT.format(_reference(manifest))
+    present = []
+    for split in manifest.splits:
+        if wanted and split not in wanted:
+            continue
+        rows = [source for source in manifest.sources if source.split == split]
+        missing = [
+            relative
+            for source in rows
+            for relative, path in zip(
+                (source.image, source.mask), files[source.source_id], strict=True
+            )
+            if path is None
+        ]
+        if not missing:
+            present.append(split)
+        elif len(missing) < 2 * len(rows):
+            listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise DataError(
+                f"data set {manifest.name}, split {split}: {len(missing)} of {2 * len(rows)} "
+                f"files are not under {shown(root)}: {listed}{hint}"
+            )
+        elif wanted:
+            raise DataError(
+                f"data set {manifest.name}: no file of split {split} is under {shown(root)} "
+                f"(looked for {rows[0].image} and {len(missing) - 1} more){hint}"
+            )
+        else:
+            logger.warning(
+                "Split %s of %s is left out: none of its files is under %s",
+                split,
+                manifest.name,
+                shown(root),
+            )
+    if not present:
+        raise DataError(
+            f"data set {manifest.name}: none of its files is under {shown(root)} "
+            f"(looked for {manifest.sources[0].image}){hint}"
+        )
+    return present
+
+
+def _altered(kind: str, source: Source, path: Path) -> DataError:
+    return DataError(
+        f"sample {source.source_id}: the pixels of {kind} {shown(path)} differ from the "
+        "manifest's; get the file again, or write a new manifest for your own files"
+    )
