@@ -1,0 +1,72 @@
+"""A micro bundle and stage 1 settings for tests."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pathsegdiff.config import ALL_TAPS
+from pathsegdiff.diffusion.bundle import Bundle, init_bundle, load_bundle
+from pathsegdiff.features.stage_one import StageOne, View
+
+T50 = View(timestep=50, conditioning="encoder")
+
+
+def make_bundle(folder: Path, seed: int = 0) -> Bundle:
+    """A micro bundle of random weights."""
+    init_bundle("micro", seed=seed, out=folder)
+    return load_bundle(folder)
+
+
+def make_stage_one(bundle: Bundle, **settings: object) -> StageOne:
+    """Stage 1 at t = 50 with every tap, unless told otherwise."""
+    chosen: dict[str, object] = {"views": [T50], "taps": ALL_TAPS, "batch_size": 3}
+    return StageOne(bundle.load(device="cpu"), **{**chosen, **settings})  # type: ignore[arg-type]
+
+
+def plain_dense(bundle: Bundle, image: np.ndarray, sample_id: str, seed: int = 0) -> np.ndarray:
+    """The paper's f as a researcher would write it: hooks, F.interpolate, cat, stitch.
+
+    Knows nothing of levels, batches or the extraction loop.
+    """
+    from torch.nn import functional as F
+
+    from pathsegdiff.diffusion.noise import patch_noise
+
+    model = bundle.load(device="cpu")
+    rows, columns = image.shape[0] // 256, image.shape[1] // 256
+    channels = sum(spec.channels for spec in model.tap_specs)
+    out = torch.zeros(channels, rows * 64, columns * 64)
+    for row in range(rows):
+        for column in range(columns):
+            patch = image[row * 256 : (row + 1) * 256, column * 256 : (column + 1) * 256]
+            pixels = torch.from_numpy(patch.copy()).permute(2, 0, 1)[None].float() / 255
+            recorded: dict[str, torch.Tensor] = {}
+
+            def hook(name, recorded=recorded):
+                def record(module, args, output):
+                    recorded[name] = output[0] if isinstance(output, tuple) else output
+
+                return record
+
+            handles = [
+                model.unet.get_submodule(spec.module_path).register_forward_hook(hook(spec.name))
+                for spec in model.tap_specs
+            ]
+            with torch.no_grad():
+                noise = torch.from_numpy(
+                    patch_noise(seed, sample_id, row, column, model.latent_shape)
+                )[None]
+                alpha_bar = model.alphas_cumprod[50].double()
+                z_t = alpha_bar.sqrt().float() * model.latent(pixels) + (
+                    1 - alpha_bar
+                ).sqrt().float() * noise
+                context = model.context(model.embed(pixels), 1)
+                model.unet(z_t, 50, encoder_hidden_states=context)
+            for handle in handles:
+                handle.remove()
+            maps = [
+                F.interpolate(recorded[name], size=(64, 64), mode="bilinear") for name in ALL_TAPS
+            ]
+            out[:, row * 64 : row * 64 + 64, column * 64 : column * 64 + 64] = torch.cat(maps, 1)[0]
+    return out.numpy()

@@ -1,0 +1,100 @@
+"""Stage 1 on one region: the paper's features, whatever the batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from pathsegdiff.errors import ConfigError
+from pathsegdiff.features.stage_one import View, iterate_views
+from tests.helpers_stage_one import T50, make_bundle, make_stage_one
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "micro")
+
+
+@pytest.fixture(scope="module")
+def image():
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)
+
+
+def run(stage_one, image, views=None):
+    return stage_one.run(stage_one.prepare(image, "sample"), views)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_batch_size_does_not_change_the_features(bundle, image, batch_size):
+    one = run(make_stage_one(bundle, batch_size=4, dtype="float32"), image).levels[T50]
+    other = run(make_stage_one(bundle, batch_size=batch_size, dtype="float32"), image).levels[T50]
+    for name in one:
+        scale = np.abs(one[name]).max()
+        np.testing.assert_allclose(other[name], one[name], atol=2e-5 * scale)
+
+
+def test_the_same_call_gives_the_same_bits(bundle, image):
+    stage_one = make_stage_one(bundle)
+    first, second = run(stage_one, image).levels[T50], run(stage_one, image).levels[T50]
+    for name in first:
+        assert first[name].tobytes() == second[name].tobytes()
+
+
+def test_noise_depends_on_the_place_and_the_sample_and_not_on_the_batch(bundle, image):
+    stage_one = make_stage_one(bundle)
+    noise = stage_one.prepare(image, "a").noise
+    assert torch.equal(noise, make_stage_one(bundle, batch_size=1).prepare(image, "a").noise)
+    assert not torch.equal(noise, stage_one.prepare(image, "b").noise)
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise, make_stage_one(bundle, seed=1).prepare(image, "a").noise)
+
+
+def test_several_views_are_what_each_gives_alone(bundle, image):
+    views = tuple(iterate_views([50, 200], ["encoder", "none"]))
+    together = run(make_stage_one(bundle, views=views), image)
+    assert len(together.levels) == 4
+    for view in views:
+        alone = run(make_stage_one(bundle, views=[view]), image).levels[view]
+        for name, features in alone.items():
+            assert features.tobytes() == together.levels[view][name].tobytes()
+    null, conditioned = (
+        together.levels[View(timestep=50, conditioning=c)]["stride_32"] for c in ("none", "encoder")
+    )
+    assert not np.array_equal(null, conditioned)
+
+
+def test_some_taps_are_what_all_taps_give(bundle, image):
+    every = run(make_stage_one(bundle), image).levels[T50]
+    stage_one = make_stage_one(bundle, taps=["up_09", "up_03"])
+    some = run(stage_one, image).levels[T50]
+    assert set(some) == {"stride_4", "stride_16"}
+    level = next(level for level in make_stage_one(bundle).levels if level.name == "stride_4")
+    tap = next(tap for tap in level.taps if tap.name == "up_09")
+    assert some["stride_4"].tobytes() == every["stride_4"][tap.start : tap.stop].tobytes()
+
+
+def test_tokens_are_stored_only_when_asked_for(bundle, image):
+    assert run(make_stage_one(bundle), image).tokens is None
+    found = run(make_stage_one(bundle, tokens=True), image)
+    assert found.tokens is not None
+    assert found.tokens.shape == (found.embedding.shape[1], 32, 32)
+    np.testing.assert_array_equal(found.embedding, run(make_stage_one(bundle), image).embedding)
+
+
+def test_reduced_precision_stays_near_float32(bundle, image):
+    full = run(make_stage_one(bundle, dtype="float32"), image).levels[T50]
+    half = run(make_stage_one(bundle, dtype="float32", precision="bfloat16"), image).levels[T50]
+    for name, features in full.items():
+        error = np.linalg.norm(half[name] - features) / np.linalg.norm(features)
+        assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000])
+def test_a_timestep_outside_the_schedule_is_refused(bundle, timestep):
+    with pytest.raises(ConfigError, match=rf"t must be in \[0, 999\], got {timestep}"):
+        make_stage_one(bundle, views=[View(timestep=timestep, conditioning="encoder")])
+
+
+def test_an_unknown_tap_is_refused(bundle):
+    with pytest.raises(ConfigError, match="no tap is called 'up_12'; there are middle, up_00"):
+        make_stage_one(bundle, taps=["up_12"])
