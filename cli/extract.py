@@ -99,8 +99,6 @@ def extract(
         device=place,
         batch_size=batch_size or (3 if place.type == "cpu" else 32),
     )
-    if not bundle.card.trained:
-        click.echo(f"note: {bundle.card.name} has random weights; expect no more than a floor", err=True)
     if dry_run:
         plan = plan_extraction(opened, bundle, stage_one)
         click.echo(

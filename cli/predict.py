@@ -41,8 +41,6 @@ def predict(
 
     run = load_run(run_path, resolve_device(device))
     bundle = load_bundle(model or str(run.config.model["name"]))
-    if not bundle.card.trained:
-        click.echo(f"note: {bundle.card.name} has random weights; expect no more than a floor", err=True)
     quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
     with Progress("predict", "images", quiet=quiet) as progress:
         found = predict_files(

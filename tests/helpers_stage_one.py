@@ -70,3 +70,54 @@ def plain_dense(bundle: Bundle, image: np.ndarray, sample_id: str, seed: int = 0
             ]
             out[:, row * 64 : row * 64 + 64, column * 64 : column * 64 + 64] = torch.cat(maps, 1)[0]
     return out.numpy()
+
+
+def write_dataset(
+    folder: Path, *, train: int = 2, test: int = 1, size: tuple[int, int] = (300, 400)
+) -> Path:
+    """Images and masks of coloured discs with their manifest; regions of 2 x 2 patches.
+
+    Returns:
+        The manifest's path.
+    """
+    from PIL import Image
+
+    rng = np.random.default_rng(3)
+    (folder / "images").mkdir(parents=True)
+    rows = ["sample_id,image,mask,split,group"]
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    names = [f"train_{i}" for i in range(train)] + [f"test_{i}" for i in range(test)]
+    for name in names:
+        mask = np.zeros(size, np.uint8)
+        for number in (1, 2):
+            row, column = rng.uniform(0.2, 0.8, 2) * size
+            mask[(y - row) ** 2 + (x - column) ** 2 < (min(size) / 6) ** 2] = number
+        image = rng.normal(200, 10, (*size, 3)) - 80 * (mask > 0)[..., None]
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"images/{name}.png")
+        Image.fromarray(mask).save(folder / f"images/{name}_anno.png")
+        split = name.split("_")[0]
+        rows.append(f"{name},images/{name}.png,images/{name}_anno.png,{split},{name}")
+    (folder / "discs.csv").write_text("\n".join(rows) + "\n")
+    (folder / "discs.toml").write_text(
+        """
+name = "discs"
+title = "Discs"
+licence = "CC0"
+root = "."
+splits = ["train", "test"]
+grouped = true
+
+[region]
+kind = "resize"
+region_px = 512
+
+[labels]
+objects = "disc"
+classes = [
+  { name = "background", colour = [230, 230, 230], codes = [0] },
+  { name = "disc", colour = [0, 158, 115], codes = "positive" },
+]
+"""
+    )
+    return folder / "discs.toml"
