@@ -1,0 +1,143 @@
+"""``psd extract`` and ``psd cache`` as people type them."""
+
+import numpy as np
+import pytest
+
+from cli.main import run
+from pathsegdiff.features.store import FeatureStore
+from tests.helpers_stage_one import make_bundle, write_dataset
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a micro bundle and a data set, and nothing else."""
+    make_bundle(tmp_path / "micro")
+    write_dataset(tmp_path / "data", train=1, test=1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def psd(capsys, *arguments):
+    code = run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+EXTRACT = ("extract", "--dataset", "data/discs.toml", "--model", "micro")
+
+
+def test_extract_says_what_it_wrote_and_resumes(place, capsys):
+    code, out, _ = psd(capsys, *EXTRACT)
+    assert (code, out) == (0, "2 samples written, 0 already complete: features/discs-micro-t50.zarr\n")
+    code, out, _ = psd(capsys, *EXTRACT)
+    assert (code, out) == (0, "0 samples written, 2 already complete: features/discs-micro-t50.zarr\n")
+
+
+def test_several_timesteps_and_both_conditions_make_named_stores(place, capsys):
+    code, _, _ = psd(capsys, *EXTRACT, "--split", "test", "--t", "50,100", "--cond", "both")
+    assert code == 0
+    names = sorted(path.name for path in (place / "features").iterdir())
+    assert names == [
+        "discs-micro-t100-null.zarr",
+        "discs-micro-t100.zarr",
+        "discs-micro-t50-null.zarr",
+        "discs-micro-t50.zarr",
+    ]
+
+
+def test_a_dry_run_writes_nothing(place, capsys):
+    code, out, _ = psd(capsys, *EXTRACT, "--dry-run")
+    assert code == 0
+    assert out.startswith("2 samples, 8 patches; ")
+    assert "s per patch" in out
+    assert not (place / "features").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--t", "1000"), r"t must be in [0, 999], got 1000"),
+        (("--taps", "up_12"), "no tap is called 'up_12'"),
+        (("--split", "validation"), "has no split 'validation'; there are train, test"),
+        (("--device", "cuda:9"), "device cuda:9 asked for, but torch sees"),
+        (("--device", "tpu"), "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (("--out", "data"), "data exists and is no feature store; choose another --out"),
+        (("--model", "nothing"), "nothing"),
+        (("--data-root", "elsewhere"), "elsewhere"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_1(place, capsys, arguments, message):
+    code, out, err = psd(capsys, *EXTRACT, *arguments)
+    assert code == 1
+    assert out == ""
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert message in last
+    assert "Traceback" not in err
+
+
+def test_bad_usage_is_exit_code_2(place, capsys):
+    assert psd(capsys, "extract")[0] == 2
+    assert psd(capsys, *EXTRACT, "--t", "soon")[0] == 2
+    assert psd(capsys, "no-such-command")[0] == 2
+
+
+def test_ctrl_c_is_exit_code_130(place, capsys, monkeypatch):
+    from pathsegdiff.features import extract
+
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extract, "extract_dataset", interrupted)
+    code, _, err = psd(capsys, *EXTRACT)
+    assert code == 130
+    assert "everything finished so far is kept" in err
+
+
+def test_a_full_disk_is_one_line(place, capsys, monkeypatch):
+    import errno
+
+    from pathsegdiff.features.writer import StoreWriter
+
+    def full(self, sample, arrays):
+        raise OSError(errno.ENOSPC, "No space left on device", "features/x")
+
+    monkeypatch.setattr(StoreWriter, "write", full)
+    code, _, err = psd(capsys, *EXTRACT)
+    assert code == 1
+    assert "Error: no space left on the disk; make room and run the same command again" in err
+
+
+def test_a_store_of_other_settings_is_refused_with_the_way_out(place, capsys):
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    code, _, err = psd(capsys, *EXTRACT, "--out", "s.zarr", "--seed", "7")
+    assert code == 1
+    assert "s.zarr was made with seed 0, this run asks for 7. Use --seed 0, or another --out." in err
+
+
+def test_cache_info_verify_repair_and_export(place, capsys):
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    code, out, _ = psd(capsys, "cache", "info", "s.zarr")
+    assert code == 0
+    assert "random weights" in out
+    assert "test: 1 of 1 samples complete" in out
+    code, out, _ = psd(capsys, "cache", "verify", "s.zarr")
+    assert (code, out) == (0, "2 complete samples, all whole: s.zarr\n")
+
+    code, out, _ = psd(capsys, "cache", "export", "s.zarr", "--sample", "test_0", "--out", "npz")
+    assert code == 0
+    store = FeatureStore.open("s.zarr")
+    with np.load(place / "npz" / "test_0.npz") as exported:
+        dense = store.dense(store.samples("test")[0])
+        np.testing.assert_array_equal(exported["features"], dense.astype(np.float16))
+
+    (place / "s.zarr" / "image" / "c" / "0" / "0" / "0" / "0").write_bytes(b"nothing")
+    code, out, err = psd(capsys, "cache", "verify", "s.zarr")
+    assert code == 1
+    assert "train_0: image/c/0/0/0/0 has 7 bytes instead of" in out
+    assert "1 of 2 samples are damaged" in err
+    code, out, _ = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 0
+    assert "train_0: will be extracted again" in out
+    assert psd(capsys, *EXTRACT, "--out", "s.zarr")[1].startswith("1 samples written, 1 already")
+    assert psd(capsys, "cache", "verify", "s.zarr")[0] == 0
