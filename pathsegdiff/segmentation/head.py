@@ -53,7 +53,7 @@ class HeadLevel:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "HeadLevel":
-        """Read what ``to_dict`` wrote; KeyError, TypeError or ValueError if it is something else."""
+        """Read what ``to_dict`` wrote; KeyError, TypeError or ValueError if it did not."""
         taps = tuple((str(name), int(channels)) for name, channels in values["taps"])
         return cls(name=str(values["name"]), stride=int(values["stride"]), taps=taps)
 
@@ -257,9 +257,10 @@ def _dense_columns(levels: Sequence[HeadLevel]) -> tuple[slice | Tensor, ...]:
         start += channels[tap]
     found: list[slice | Tensor] = []
     for level in levels:
-        first = starts[level.taps[0][0]]
-        index = torch.cat([starts[tap] + torch.arange(count) for tap, count in level.taps])
+        index = [starts[tap] + number for tap, count in level.taps for number in range(count)]
         # As a rule coarse taps come first, so that a level is one run of channels.
-        contiguous = torch.equal(index, first + torch.arange(level.channels))
-        found.append(slice(first, first + level.channels) if contiguous else index)
+        if index == list(range(index[0], index[0] + len(index))):
+            found.append(slice(index[0], index[0] + len(index)))
+        else:
+            found.append(torch.tensor(index, device="cpu"))
     return tuple(found)

@@ -18,14 +18,16 @@ Part = TypeVar("Part")
 Moments = tuple[int, np.ndarray, np.ndarray]
 
 
-def over_samples(function: Callable[[StoredSample], Part], samples: Sequence[StoredSample]) -> list[Part]:
+def over_samples(
+    function: Callable[[StoredSample], Part], samples: Sequence[StoredSample]
+) -> list[Part]:
     """Call ``function`` on each sample, on dask's threads; results in the order of the samples."""
     jobs = [dask.delayed(function, pure=False)(sample) for sample in samples]
     return list(dask.compute(*jobs, scheduler="threads"))
 
 
 def class_pixel_counts(store: FeatureStore, samples: Sequence[StoredSample]) -> np.ndarray:
-    """(num_classes,) int64 pixels of each class; don't care and unlabelled pixels are not counted."""
+    """(num_classes,) int64 pixels of each class, without don't care and unlabelled ones."""
     num_classes = store.card.scheme.num_classes
 
     def count(sample: StoredSample) -> np.ndarray:

@@ -1,10 +1,10 @@
 """The folder of a run: what a training leaves and what evaluation and prediction read.
 
-    RUN/config.json        every setting, the samples of each part, the store's recipe, provenance
-        head.safetensors   the head that was best on validation (the last one without validation)
-        checkpoint.pt      where to continue; gone once the training has finished
-        log.csv            one row per validation;   curves.png  the same, drawn
-        result.json        written last: the training has finished
+RUN/config.json        every setting, the samples of each part, the store's recipe, provenance
+    head.safetensors   the head that was best on validation (the last one without validation)
+    checkpoint.pt      where to continue; gone once the training has finished
+    log.csv            one row per validation;   curves.png  the same, drawn
+    result.json        written last: the training has finished
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pathsegdiff.config import Recipe
 from pathsegdiff.errors import PathSegDiffError, RunError
@@ -299,7 +299,9 @@ def newest_run(runs: Path) -> Path:
     """
     heads = [file for file in runs.glob(f"*/{HEAD_FILE}") if (file.parent / CONFIG_FILE).is_file()]
     if not heads:
-        raise RunError(f"no trained run under {runs}/; train one with `psd train-head`, or use --run")
+        raise RunError(
+            f"no trained run under {runs}/; train one with `psd train-head`, or use --run"
+        )
     return max(heads, key=lambda file: (file.stat().st_mtime_ns, file.parent.name)).parent
 
 
@@ -309,7 +311,8 @@ def newest_store(features: Path) -> Path:
     Raises:
         RunError: If there is none.
     """
-    complete, incomplete = [], []
+    complete: list[Path] = []
+    incomplete: list[Path] = []
     for path in sorted(features.glob("*/zarr.json")):
         try:
             store = FeatureStore.open(path.parent)
@@ -335,7 +338,8 @@ def write_json(path: Path, values: Any) -> None:
 def save_head(path: Path, head: FCNHead, metadata: dict[str, str]) -> None:
     """Write a head file whole or not at all."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    replace_file(path, lambda file: save_file(tensors, file, {"format": "pt", **metadata}))
+    content = save(tensors, {"format": "pt", **metadata})
+    replace_file(path, lambda file: file.write_bytes(content))
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:

@@ -7,7 +7,7 @@ with the crops that it would have seen.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,7 +98,9 @@ def crop_step(levels: Sequence[HeadLevel]) -> int:
 
 
 @lru_cache(maxsize=512)
-def axis_window(stride: int, patch_px: int, patches: int, start_px: int, size_px: int) -> AxisWindow:
+def axis_window(
+    stride: int, patch_px: int, patches: int, start_px: int, size_px: int
+) -> AxisWindow:
     """Cells and weights that turn a level into ``size_px`` pixels of the grid, along one axis.
 
     Args:
@@ -152,7 +154,9 @@ class RegionReader:
         self.crop_px = crop_px
         self.side_px = store.region_px if crop_px is None else crop_px
 
-    def request(self, sample: StoredSample, rng: np.random.Generator, *, flips: bool) -> CropRequest:
+    def request(
+        self, sample: StoredSample, rng: np.random.Generator, *, flips: bool
+    ) -> CropRequest:
         """A random crop of a sample (the whole region where no crop size is set)."""
         places = (self.store.region_px - self.side_px) // self.step_px + 1
         top, left = rng.integers(places, size=2)
@@ -286,7 +290,7 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
 
 def prefetch(
     jobs: Iterable[Callable[[], FeatureBatch]], ahead: int = PREFETCH
-) -> Iterator[FeatureBatch]:
+) -> Generator[FeatureBatch, None, None]:
     """Run jobs in order on a thread of their own, up to ``ahead`` of the one that is used.
 
     An error of a job is raised where its batch would have been.

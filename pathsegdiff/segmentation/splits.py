@@ -1,4 +1,4 @@
-"""Which samples of a store train, which validate, which are held out; no group is in two of them."""
+"""Which samples of a store train, validate or are held out; no group is in two of these parts."""
 
 import hashlib
 import logging
@@ -49,8 +49,9 @@ def choose_parts(
     Raises:
         RunError: If a part would be empty, or a name is unknown.
     """
+    held_out: tuple[StoredSample, ...] = ()
     if fold is None:
-        candidates, held_out = _of_split(store, split or store.card.default_train), ()
+        candidates = _of_split(store, split or store.card.default_train)
     else:
         candidates, held_out = _of_fold(store, split, fold)
     fraction = parse_fraction(val)
@@ -131,9 +132,7 @@ def _of_fold(
     held_out = tuple(sample for sample in samples if sample.sample_id in in_fold)
     # A sample without a fold belongs to none, and is not trained on either.
     others = tuple(
-        sample
-        for sample in samples
-        if sample.extra.get(column) and sample.sample_id not in in_fold
+        sample for sample in samples if sample.extra.get(column) and sample.sample_id not in in_fold
     )
     if not others:
         raise RunError(f"--fold {fold}: no sample of {store.path} is left to train on")

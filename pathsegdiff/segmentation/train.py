@@ -9,11 +9,11 @@ import csv
 import io
 import logging
 import math
-import pickle
 import platform
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -223,7 +223,7 @@ Progress = Callable[[TrainProgress], None]
 def plan_settings(
     store: FeatureStore,
     *,
-    crop_px: int | None | str = "auto",
+    crop_px: int | str | None = "auto",
     head_width: int | None = None,
     split: str | None = None,
     fold: int | None = None,
@@ -309,7 +309,9 @@ def train_head(
     )
     with _only_trainer(out):
         known = (out / CONFIG_FILE).exists()
-        config = _run_config(store, settings, parts, device, known=read_config(out) if known else None)
+        config = _run_config(
+            store, settings, parts, device, known=read_config(out) if known else None
+        )
         if known:
             _refuse_other_settings(out, config)
             if (out / RESULT_FILE).exists():
@@ -366,7 +368,9 @@ class _Training:
         file = self.out / CHECKPOINT_FILE
         if file.exists():
             self._load_checkpoint(file)
-            _logger.info("%s: continuing after step %d of %d", self.out, self.step, self.total_steps)
+            _logger.info(
+                "%s: continuing after step %d of %d", self.out, self.step, self.total_steps
+            )
         elif self.settings.normalize == "channel":
             _logger.info("channel statistics of %d training samples", len(self.parts.train))
             statistics = channel_statistics(self.store, self.config.levels, self.parts.train)
@@ -399,7 +403,7 @@ class _Training:
                     if time.monotonic() - self._last_checkpoint > _CHECKPOINT_SECONDS:
                         self._save_checkpoint()
             except KeyboardInterrupt:
-                # A second Ctrl-C can fall into the middle of a step; the last checkpoint holds then.
+                # A second Ctrl-C can fall into a step; then the last checkpoint holds.
                 if consistent:
                     self._save_checkpoint()
                     self._write_curves()
@@ -450,14 +454,16 @@ class _Training:
             if (self.out / CHECKPOINT_FILE).exists() and self.rows
             else "no checkpoint had been written yet"
         )
-        remedy = f"--lr {self.settings.learning_rate / 10:g} (it was {self.settings.learning_rate:g})"
+        remedy = (
+            f"--lr {self.settings.learning_rate / 10:g} (it was {self.settings.learning_rate:g})"
+        )
         if self.settings.precision != "float32":
             remedy = f"--precision float32, or {remedy}"
         elif self.settings.normalize == "none":
             remedy = f"--normalize channel, or {remedy}"
         return (
-            f"{self.out}: the loss is {loss} at step {self.step + 1} of {self.total_steps}; {kept}; "
-            f"train again with {remedy}, and another --out"
+            f"{self.out}: the loss is {loss} at step {self.step + 1} of {self.total_steps}; "
+            f"{kept}; train again with {remedy}, and another --out"
         )
 
     # -- validation --
@@ -551,23 +557,17 @@ class _Training:
 
     def _load_checkpoint(self, file: Path) -> None:
         try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
+            # Only tensors and plain values: a checkpoint from elsewhere cannot run code.
+            with warnings.catch_warnings(action="ignore"):
+                state = torch.load(file, map_location=self.device, weights_only=True)
             self.head.load_state_dict(state["head"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.loss_sum, self.loss_steps = float(state["loss_sum"]), int(state["loss_steps"])
             self.rows, self.best = list(state["rows"]), state["best"]
-        except (
-            RuntimeError,
-            ValueError,
-            KeyError,
-            TypeError,
-            EOFError,
-            AttributeError,
-            pickle.UnpicklingError,
-        ) as error:
-            reason = str(error).split("\n", 1)[0][:200]
+        except Exception as error:  # whatever the parsers make of a damaged file
+            reason = str(error).split("\n", 1)[0][:200] or type(error).__name__
             raise RunError(
                 f"{file} is damaged ({reason}); delete it to begin this run anew"
             ) from None
@@ -674,7 +674,7 @@ def _run_config(
     device: torch.device,
     known: RunConfig | None,
 ) -> RunConfig:
-    """The config of this training; what ``known`` counted on the same samples is not counted again."""
+    """The config of this training; the class counts of ``known`` are not made again."""
     levels = head_levels(store, settings.taps)
     scheme = store.card.scheme
     config = RunConfig(
@@ -693,17 +693,16 @@ def _run_config(
         provenance=provenance(device=device_name(device), features=store.provenance),
     )
     if known is not None:
-        return replace(
-            config, class_pixels=known.class_pixels, class_weights=known.class_weights
-        )
+        return replace(config, class_pixels=known.class_pixels, class_weights=known.class_weights)
     counts = class_pixel_counts(store, parts.train)
     try:
         weights = class_weights(counts, scheme.num_outputs)
     except ValueError:
         present = [name for name, count in zip(scheme.names, counts, strict=False) if count]
         raise RunError(
-            f"the {len(parts.train)} training samples hold pixels of {' '.join(present) or 'no class'} "
-            "only; a head needs at least two classes to learn, check the masks with `psd data check`"
+            f"the {len(parts.train)} training samples hold pixels of "
+            f"{' '.join(present) or 'no class'} only; a head needs at least two classes to learn, "
+            "check the masks with `psd data check`"
         ) from None
     return replace(
         config,
@@ -716,7 +715,9 @@ def _refuse_other_settings(out: Path, config: RunConfig) -> None:
     differing = read_config(out).differences(config)
     if differing:
         name, theirs, ours = differing[0]
-        others = f" ({', '.join(name for name, _, _ in differing[1:])} too)" if differing[1:] else ""
+        others = (
+            f" ({', '.join(name for name, _, _ in differing[1:])} too)" if differing[1:] else ""
+        )
         raise RunError(
             f"{out} was trained with {name} {_short(theirs)}, this run asks for {_short(ours)}"
             f"{others}; use another --out, or the same settings to continue it"
@@ -776,15 +777,21 @@ def _only_trainer(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; choose another --out")
     if out.is_dir() and not (out / CONFIG_FILE).exists():
-        others = [path.name for path in out.iterdir() if path.name not in (".lock", f".{CONFIG_FILE}.new")]
+        others = [
+            path.name for path in out.iterdir() if path.name not in (".lock", f".{CONFIG_FILE}.new")
+        ]
         if others:
-            raise RunError(f"{out} exists and is no run folder ({others[0]} is in it); choose another --out")
+            raise RunError(
+                f"{out} exists and is no run folder ({others[0]} is in it); choose another --out"
+            )
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"{out}: another process is training into this run; wait for it, or stop it") from None
+        raise RunError(
+            f"{out}: another process is training into this run; wait for it, or stop it"
+        ) from None
     try:
         yield
     finally:

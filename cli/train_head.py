@@ -1,0 +1,186 @@
+"""``psd train-head``: stage 2, training."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.options import PATH, device_option, precision_option, seed_option
+
+
+@click.command("train-head")
+@click.option(
+    "--features", type=PATH, help="Feature store [default: newest complete one in features/]."
+)
+@click.option("--split", help="Trained on [default: as the data set says, usually train].")
+@click.option(
+    "--val",
+    default="0.2",
+    show_default=True,
+    metavar="FRACTION|SPLIT",
+    help="Validation: a share of the training groups (patients, cases), or a split; 0 for none.",
+)
+@click.option(
+    "--fold",
+    type=int,
+    metavar="K",
+    help="Hold out fold K of the data set for `psd eval`, train on the other folds.",
+)
+@click.option("--out", type=PATH, help="Run to make or continue [default: runs/STORE-SETTINGS].")
+@click.option(
+    "--epochs", type=click.IntRange(1), help="Passes over the training part [default: 40]."
+)
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
+@click.option(
+    "--crop",
+    default="auto",
+    show_default=True,
+    metavar="PX|none|auto",
+    help="Side of the random crops; none: whole regions; auto: whole ones up to 512 px, else 384.",
+)
+@click.option("--lr", type=float, default=1e-4, show_default=True, help="Learning rate of Adam.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["constant", "cosine"]),
+    default="constant",
+    show_default=True,
+    help="Of the learning rate.",
+)
+@click.option("--taps", default="all", show_default=True, help="Such as up_05,up_08; or all.")
+@click.option(
+    "--head-width",
+    type=click.IntRange(4),
+    metavar="W",
+    help="Layers of W, W/2 and W/4 channels [default: as the model says; the paper's is 256].",
+)
+@click.option(
+    "--augment",
+    type=click.Choice(["none", "flips"]),
+    default="none",
+    show_default=True,
+    help="flips mirrors the feature maps at random.",
+)
+@click.option(
+    "--normalize",
+    type=click.Choice(["channel", "none"]),
+    default="channel",
+    show_default=True,
+    help="Standardise each feature channel with the training part's mean and deviation.",
+)
+@device_option
+@precision_option
+@seed_option
+@click.pass_context
+def train_head(
+    ctx: click.Context,
+    features: Path | None,
+    split: str | None,
+    val: str,
+    fold: int | None,
+    out: Path | None,
+    epochs: int | None,
+    steps: int | None,
+    batch_size: int,
+    crop: str,
+    lr: float,
+    schedule: str,
+    taps: str,
+    head_width: int | None,
+    augment: str,
+    normalize: str,
+    device: str,
+    precision: str,
+    seed: int,
+) -> None:
+    """Train the segmentation head from a feature store (stage 2).
+
+    Running the same command again continues what was interrupted.
+
+    \b
+    Example:
+      psd train-head
+      psd train-head --features features/glas-tiny-t50.zarr --epochs 60 --out runs/glas
+      psd train-head --fold 0 --crop none --batch-size 2
+    """
+    if epochs is not None and steps is not None:
+        raise click.UsageError("give --epochs or --steps, not both")
+    crop_px = _parse_crop(crop)
+
+    from cli.progress import Progress, duration
+    from pathsegdiff.config import parse_taps
+    from pathsegdiff.device import resolve_device, resolve_precision
+    from pathsegdiff.features.store import FeatureStore
+    from pathsegdiff.segmentation import train
+    from pathsegdiff.segmentation.runs import newest_store, random_weights_note
+
+    if features is None:
+        features = newest_store(Path("features"))
+        click.echo(f"features: {features} (the newest complete store)")
+    store = FeatureStore.open(features)
+    place = resolve_device(device)
+    settings = train.plan_settings(
+        store,
+        split=split,
+        val=val,
+        fold=fold,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        crop_px=crop_px,
+        learning_rate=lr,
+        schedule=schedule,
+        taps=None if taps == "all" else parse_taps(taps),
+        head_width=head_width,
+        augment=augment,
+        normalize=normalize,
+        precision=resolve_precision(precision, place),
+        seed=seed,
+    )
+    out = Path("runs") / train.default_run_name(store, settings) if out is None else out
+    for note in random_weights_note(store.model):
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{out}: {_describe(settings, store.region_px)}")
+    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    with Progress("train-head", "steps", quiet=quiet) as bar:
+
+        def show(state: "train.TrainProgress") -> None:
+            note = f"epoch {state.epoch}, loss {state.loss:.4f}"
+            if state.row is not None:
+                shown["row"] = state.row
+            if "val_miou" in shown["row"]:
+                note += f", validation mIoU {shown['row']['val_miou']:.4f}"
+            bar(state.step, state.total_steps, note)
+
+        shown: dict[str, Any] = {"row": {}}
+        result = train.train_head(store, out, settings, device=place, progress=show)
+    if not result.steps_done_now:
+        click.echo(f"{out} has finished before, after {result.steps} steps; nothing to do")
+    else:
+        click.echo(f"{result.steps} steps in {duration(result.seconds)}")
+    kept = result.best
+    quality = f", validation mIoU {kept['val_miou']:.4f}" if "val_miou" in kept else ""
+    click.echo(f"kept: step {kept['step']:.0f}{quality}: {out}")
+
+
+def _parse_crop(text: str) -> int | str | None:
+    if text in ("none", "auto"):
+        return None if text == "none" else text
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not a number of pixels, none or auto", param_hint="--crop"
+        ) from None
+
+
+def _describe(settings: Any, region_px: int) -> str:
+    crop = f"whole {region_px} px regions"
+    if settings.crop_px is not None:
+        crop = f"{settings.crop_px} px crops of {region_px} px regions"
+    length = f"{settings.epochs} epochs" if settings.steps is None else f"{settings.steps} steps"
+    part = settings.split if settings.fold is None else f"all folds but {settings.fold}"
+    return (
+        f"training on {part}, {length}, batches of {settings.batch_size} {crop}, "
+        f"head width {settings.head_width}, {settings.precision}"
+    )
