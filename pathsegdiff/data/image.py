@@ -108,7 +108,8 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     with _opened(path) as image:
         width, height = image.size
-        swapped = image.getexif().get(ExifTags.Base.Orientation) in _SWAPPING
+        # Pillow turns a TIFF's size already when it opens the file.
+        swapped = image.format != "TIFF" and _orientation(image) in _SWAPPING
         return (width, height) if swapped else (height, width)
 
 
@@ -179,6 +180,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError:
         raise DataError(f"{shown(path)}: there is no such file") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise DataError(f"{shown(path)} cannot be read: {error.strerror}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(_too_large(path, "its header says so")) from None
     except UnidentifiedImageError:
@@ -206,9 +209,16 @@ def _upright(image: Image.Image, path: Path) -> Image.Image:
     image.load()
     if 0 in image.size:
         raise DataError(f"{shown(path)} is empty ({image.height} x {image.width} px)")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-        return image
-    return ImageOps.exif_transpose(image)
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation; 1 (upright) where there is none, or none that can be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF data does not spoil the pixels
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def _upper_byte(image: Image.Image, path: Path) -> np.ndarray:

@@ -278,6 +278,5 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return math.isfinite(value)
+    # The bounds also keep integers away that no float can hold.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
