@@ -13,6 +13,7 @@ from filelock import FileLock
 from PIL import Image
 
 from pathsegdiff.errors import RunError, StoreError
+from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.segmentation.passes import channel_statistics, class_pixel_counts
 from pathsegdiff.segmentation.sampling import head_levels
 from pathsegdiff.segmentation.splits import choose_parts, validation_groups
@@ -91,8 +92,8 @@ def test_a_channel_that_never_changes_is_not_blown_up(tmp_path):
             arrays = make_arrays(rng, label, GLANDS, TAPS, 32)
             arrays.levels["stride_8"][0] = 3.0
             writer.write(sample, arrays)
-        flat = writer.store
-        statistics = channel_statistics(flat, head_levels(flat), flat.samples())
+    flat = FeatureStore.open(tmp_path / "flat.zarr")
+    statistics = channel_statistics(flat, head_levels(flat), flat.samples())
     mean, std = statistics["stride_8"]
     assert (mean[0], std[0]) == (3.0, 1.0)
     assert std[1] == pytest.approx(0.3, abs=0.05)
@@ -531,7 +532,7 @@ def test_masks_of_one_class_only_are_refused(tmp_path):
             label = np.zeros((64, 64), np.uint8)
             label[0] = 255  # unlabelled: counts for no class
             writer.write(sample, make_arrays(rng, label, GLANDS, TAPS, 32))
-        one = writer.store
+    one = FeatureStore.open(tmp_path / "one.zarr")
     with pytest.raises(RunError, match=r"hold pixels of background only; .*at least two classes"):
         train_small(one, tmp_path / "run")
 
@@ -554,8 +555,6 @@ def test_an_unfinished_store_trains_on_what_is_complete(tmp_path):
         for sample in samples[:6]:
             label = make_label(rng, GLANDS, 64)
             writer.write(sample, make_arrays(rng, label, GLANDS, TAPS, 32))
-    from pathsegdiff.features.store import FeatureStore
-
     part = FeatureStore.open(tmp_path / "part.zarr")
     train_small(part, tmp_path / "run", steps=1)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
