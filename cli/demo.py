@@ -22,8 +22,7 @@ def demo(ctx: click.Context, out: Path, model: str, device: str, seed: int) -> N
       psd demo
       psd demo --out /tmp/demo --model models/mine
     """
-    from cli.progress import Progress, duration
-    from cli.train_head import TrainingProgress
+    from cli.progress import Progress, TrainingProgress, duration
     from pathsegdiff.pipeline.demo import run_demo
 
     quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
@@ -38,12 +37,11 @@ def demo(ctx: click.Context, out: Path, model: str, device: str, seed: int) -> N
             seed=seed,
             log=click.echo,
             extract_progress=extracting,
-            train_progress=training,
+            train_progress=training.show,
         )
     click.echo("")
-    for name in ("accuracy", "dice", "miou", "f1"):
-        low, high = result.metrics["intervals"][name][:2]
-        click.echo(f"  {name:<9} {result.metrics[name]:.3f}   95 % interval {low:.3f} to {high:.3f}")
+    for name, found in result.intervals.items():
+        click.echo(f"  {name:<9} {found.value:.3f}   95 % interval {found.low:.3f} to {found.high:.3f}")
     took = ", ".join(f"{step} {duration(value)}" for step, value in result.seconds.items())
     click.echo(f"\n{took}")
     if not result.trained:

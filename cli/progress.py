@@ -3,8 +3,12 @@
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from pathsegdiff.segmentation.train import TrainProgress
 
 #: Seconds between two plain lines where stderr is no terminal.
 _PLAIN_INTERVAL = 15.0
@@ -22,8 +26,8 @@ class Progress:
         self._unit = unit
         self._quiet = quiet
         self._live = sys.stderr.isatty()
-        self._begin = time.monotonic()
-        self._first: int | None = None
+        self._begin = self._first = 0.0
+        self._started = False
         self._shown = 0.0
         self._width = 0
 
@@ -44,9 +48,9 @@ class Progress:
         if self._quiet:
             return
         now = time.monotonic()
-        if self._first is None:
-            # What an earlier run finished says nothing about this run's rate.
-            self._first = max(done - 1, 0)
+        if not self._started:
+            # What was done before, and how long the first took to come, says nothing of the rate.
+            self._started, self._begin, self._first = True, now, done
         interval = _LIVE_INTERVAL if self._live else _PLAIN_INTERVAL
         if done < total and now - self._shown < interval:
             return
@@ -59,11 +63,29 @@ class Progress:
             click.echo(line, err=True)
 
     def _line(self, done: int, total: int, seconds: float, note: str) -> str:
-        rate = (done - (self._first or 0)) / max(seconds, 1e-9)
+        rate = (done - self._first) / max(seconds, 1e-9)
         left = (total - done) / rate if rate > 0 else float("inf")
-        parts = [f"{self._label}: {done}/{total} {self._unit}", f"{rate:.3g} {self._unit}/s"]
-        parts.append(f"{duration(left)} left" if done < total else f"took {duration(seconds)}")
+        parts = [f"{self._label}: {done}/{total} {self._unit}"]
+        if rate > 0:
+            parts.append(f"{rate:.3g} {self._unit}/s")
+        if done < total:
+            parts.append(f"{duration(left)} left")
         return ", ".join([*parts, *([note] if note else [])])
+
+
+class TrainingProgress(Progress):
+    """Progress of a training: steps, loss, and the latest validation."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__("train-head", "steps", quiet=quiet)
+        self._validated = ""
+
+    def show(self, state: "TrainProgress") -> None:
+        """Called after each step."""
+        if state.row is not None and "val_miou" in state.row:
+            self._validated = f", validation mIoU {state.row['val_miou']:.4f}"
+        note = f"epoch {state.epoch}, loss {state.loss:.4f}{self._validated}"
+        self(state.step, state.total_steps, note)
 
 
 def duration(seconds: float) -> str:

@@ -108,8 +108,8 @@ def reproduce_table2(
             store = FeatureStore.open(stores[views[name]])
             settings = plan_settings(store)
             result = train_head(store, out / "runs" / name, settings, device=place)
-            found = evaluate_run(load_run(result.path, place), store).metrics
-            ours = tuple(float(found[column]) for column in COLUMNS)
+            found = evaluate_run(load_run(result.path, place), store).scores
+            ours = tuple(float(getattr(found, column)) for column in COLUMNS)
         rows.append(TableRow(name=name, ours=ours, published=published))
     write_table(out, rows)
     return rows
