@@ -28,8 +28,6 @@ from pathsegdiff.features.stage_one import PreparedRegion, StageOne, View
 from pathsegdiff.provenance import versions
 
 
-
-
 def main() -> None:
     """Measure and print; ``--json`` writes the figures too."""
     parser = argparse.ArgumentParser(description=__doc__)

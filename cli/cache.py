@@ -37,11 +37,13 @@ def info(store: Path) -> None:
     click.echo(f"  licence      {card.licence}")
     click.echo(f"  model        {opened.model['name']}{trained}, {recipe.model_sha256[:12]}")
     click.echo(
-        f"  recipe       t {recipe.timestep}, conditioning {recipe.conditioning}, seed {recipe.seed}, "
-        f"computed in {recipe.precision}, stored as {recipe.dtype}"
+        f"  recipe       t {recipe.timestep}, conditioning {recipe.conditioning}, "
+        f"seed {recipe.seed}, computed in {recipe.precision}, stored as {recipe.dtype}"
     )
     click.echo(f"  fingerprint  {opened.fingerprint}")
-    click.echo(f"  made         {opened.provenance.get('created')} on {opened.provenance.get('device')}")
+    click.echo(
+        f"  made         {opened.provenance.get('created')} on {opened.provenance.get('device')}"
+    )
     complete = {sample.index for sample in opened.samples()}
     for split in card.splits:
         rows = [sample for sample in opened.registered() if sample.split == split]

@@ -8,8 +8,13 @@ from cli.options import PATH, device_option, seed_option
 
 
 @click.command()
-@click.option("--out", type=PATH, default=Path("demo"), show_default=True,
-              help="Folder for features, run and report.html.")
+@click.option(
+    "--out",
+    type=PATH,
+    default=Path("demo"),
+    show_default=True,
+    help="Folder for features, run and report.html.",
+)
 @click.option("--model", default="tiny", show_default=True, help="A bundle's name or folder.")
 @device_option
 @seed_option
@@ -26,10 +31,8 @@ def demo(ctx: click.Context, out: Path, model: str, device: str, seed: int) -> N
     from pathsegdiff.pipeline.demo import run_demo
 
     quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
-    with (
-        Progress("extract", "patches", quiet=quiet) as extracting,
-        TrainingProgress(quiet=quiet) as training,
-    ):
+    training = TrainingProgress(quiet=quiet)
+    with Progress("extract", "patches", quiet=quiet) as extracting, training:
         result = run_demo(
             out,
             model=model,
@@ -41,7 +44,9 @@ def demo(ctx: click.Context, out: Path, model: str, device: str, seed: int) -> N
         )
     click.echo("")
     for name, found in result.intervals.items():
-        click.echo(f"  {name:<9} {found.value:.3f}   95 % interval {found.low:.3f} to {found.high:.3f}")
+        click.echo(
+            f"  {name:<9} {found.value:.3f}   95 % interval {found.low:.3f} to {found.high:.3f}"
+        )
     took = ", ".join(f"{step} {duration(value)}" for step, value in result.seconds.items())
     click.echo(f"\n{took}")
     if not result.trained:

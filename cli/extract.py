@@ -1,10 +1,14 @@
 """``psd extract``: stage 1."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cli.options import PATH, data_root_option, device_option, precision_option, seed_option
+
+if TYPE_CHECKING:
+    from pathsegdiff.features.stage_one import View
 
 
 @click.command()
@@ -32,17 +36,31 @@ from cli.options import PATH, data_root_option, device_option, precision_option,
     "--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True
 )
 @click.option("--mpp", type=float, help="Micrometres per pixel of a region [default: manifest's].")
-@click.option("--layout", type=click.Choice(["levels", "dense"]), default="levels", hidden=False,
-              show_default=True, help="One array per stride, or the stack on the stride-4 grid.")
+@click.option(
+    "--layout",
+    type=click.Choice(["levels", "dense"]),
+    default="levels",
+    show_default=True,
+    help="One array per stride, or the stack on the stride-4 grid.",
+)
 @click.option("--tokens/--no-tokens", default=False, help="Store the encoder's patch tokens too.")
 @device_option
 @precision_option
-@click.option("--batch-size", type=click.IntRange(1), help="Patches per forward [default: 3 on a "
-              "CPU, 32 on a GPU].")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Patches per forward [default: 3 on a CPU, 32 on a GPU].",
+)
 @seed_option
-@click.option("--out", type=PATH, help="Store to write or continue; a folder where there are "
-              "several [default: features/NAME-MODEL-tT[-null].zarr].")
-@click.option("--dry-run", is_flag=True, help="Print patches, bytes and time expected; write nothing.")
+@click.option(
+    "--out",
+    type=PATH,
+    help="Store to write or continue; a folder where there are "
+    "several [default: features/NAME-MODEL-tT[-null].zarr].",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Print patches, bytes and time expected; write nothing."
+)
 @click.pass_context
 def extract(
     ctx: click.Context,
@@ -103,8 +121,8 @@ def extract(
         plan = plan_extraction(opened, bundle, stage_one)
         click.echo(
             f"{plan.samples} samples, {plan.patches} patches; "
-            f"{size(plan.feature_bytes)} of features and up to {size(plan.other_bytes)} of labels "
-            f"and images; about {duration(plan.seconds)} at {plan.seconds_per_patch:.3g} s per patch"
+            f"{size(plan.feature_bytes)} of features and up to {size(plan.other_bytes)} of "
+            f"labels and images; about {duration(plan.seconds)} at {plan.seconds_per_patch:.3g} s per patch"
         )
         return
     stores = _stores(views, out, opened.name, bundle.card.name)
@@ -127,7 +145,9 @@ def _parse_timesteps(text: str) -> tuple[int, ...]:
         raise click.BadParameter(f"{text!r} is not T or T,T,...", param_hint="--t") from None
 
 
-def _stores(views, out, dataset, model):  # type: ignore[no-untyped-def]
+def _stores(
+    views: "tuple[View, ...]", out: Path | None, dataset: str, model: str
+) -> "dict[View, Path]":
     from pathsegdiff.features.extract import store_name
 
     if out is not None and len(views) == 1:

@@ -1,4 +1,4 @@
-"""``psd``: the group of commands, and the one place where errors become one line and an exit code."""
+"""``psd``: the group of commands, and the place where errors become one line and an exit code."""
 
 import errno
 import importlib
@@ -88,7 +88,7 @@ def psd(verbose: int, quiet: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``psd`` and leave with its exit code: 0, 1 for a user's error, 2 for usage, 130 for Ctrl-C."""
+    """Run ``psd`` and leave with its exit code: 0, 1 (user's error), 2 (usage), 130 (Ctrl-C)."""
     sys.exit(run(arguments))
 
 

@@ -25,9 +25,9 @@ def device_option(command: Command) -> Command:
 
 def seed_option(command: Command) -> Command:
     """``--seed``."""
-    return click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed.")(
-        command
-    )
+    return click.option(
+        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed."
+    )(command)
 
 
 def data_root_option(command: Command) -> Command:

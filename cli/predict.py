@@ -10,9 +10,14 @@ from cli.options import PATH, device_option
 @click.command()
 @click.option("--run", "run_path", type=PATH, required=True, help="A trained run.")
 @click.option("--out", type=PATH, required=True, help="Folder for masks and overlays.")
-@click.option("--model", help="The bundle's name or folder [default: the name that the run records].")
-@click.option("--mpp", type=float, help="Micrometres per pixel of the images [default: as in the "
-              "training data].")
+@click.option(
+    "--model", help="The bundle's name or folder [default: the name that the run records]."
+)
+@click.option(
+    "--mpp",
+    type=float,
+    help="Micrometres per pixel of the images [default: as in the training data].",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=3, show_default=True)
 @device_option
 @click.argument("images", type=PATH, nargs=-1, required=True)

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: one live line on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work on stderr: one live line on a terminal, else a plain line now and then."""
 
 import sys
 import time

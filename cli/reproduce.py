@@ -18,8 +18,13 @@ def reproduce() -> None:
 
 
 @reproduce.command()
-@click.option("--model", default="ssl-ldm-brca", show_default=True, envvar="MODEL",
-              help="The imported bundle's name or folder.")
+@click.option(
+    "--model",
+    default="ssl-ldm-brca",
+    show_default=True,
+    envvar="MODEL",
+    help="The imported bundle's name or folder.",
+)
 @data_root_option
 @click.option("--out", type=PATH, default=Path("reproduction/table2"), show_default=True)
 @device_option

@@ -93,7 +93,9 @@ class Recipe:
         """
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
-            odd = sorted(set(values) ^ names) if isinstance(values, dict) else [type(values).__name__]
+            odd = (
+                sorted(set(values) ^ names) if isinstance(values, dict) else [type(values).__name__]
+            )
             raise ConfigError(f"a recipe must have the fields {sorted(names)}; differing: {odd}")
         return cls(**{**values, "taps": tuple(values["taps"])})
 

@@ -12,7 +12,7 @@ _PACKAGES = ("torch", "diffusers", "timm", "zarr", "numcodecs", "dask", "numpy",
 
 
 def versions() -> dict[str, str]:
-    """Of PathSegDiff, Python and the packages that decide numbers; those not installed are left out."""
+    """Of PathSegDiff, Python and the packages that decide numbers, as far as they are installed."""
     found = {"pathsegdiff": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:

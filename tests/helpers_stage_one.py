@@ -58,9 +58,10 @@ def plain_dense(bundle: Bundle, image: np.ndarray, sample_id: str, seed: int = 0
                     patch_noise(seed, sample_id, row, column, model.latent_shape)
                 )[None]
                 alpha_bar = model.alphas_cumprod[50].double()
-                z_t = alpha_bar.sqrt().float() * model.latent(pixels) + (
-                    1 - alpha_bar
-                ).sqrt().float() * noise
+                z_t = (
+                    alpha_bar.sqrt().float() * model.latent(pixels)
+                    + (1 - alpha_bar).sqrt().float() * noise
+                )
                 context = model.context(model.embed(pixels), 1)
                 model.unet(z_t, 50, encoder_hidden_states=context)
             for handle in handles:

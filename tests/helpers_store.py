@@ -60,7 +60,7 @@ def make_card(scheme: LabelScheme, region_px: int, patch_px: int) -> DatasetCard
 
 
 def make_label(rng: np.random.Generator, scheme: LabelScheme, region_px: int) -> np.ndarray:
-    """(H, W) uint8: discs of the other classes on class 0, and a don't-care strip where there is one."""
+    """(H, W) uint8: discs of the other classes on class 0, and a don't-care strip if there is one."""
     label = np.zeros((region_px, region_px), np.uint8)
     rows, columns = np.mgrid[:region_px, :region_px]
     for class_id in range(1, scheme.num_classes):
@@ -87,7 +87,9 @@ def make_arrays(
         signal = (coarse[None] * (1 + np.arange(level.channels))[:, None, None]) % 3 - 1.0
         levels[level.name] = (signal + rng.normal(0, 0.3, signal.shape)).astype(np.float32)
     side = len(label) // patch_px
-    colours = np.array([*scheme.colours, *[(128, 128, 128)] * (256 - len(scheme.colours))], np.uint8)
+    colours = np.array(
+        [*scheme.colours, *[(128, 128, 128)] * (256 - len(scheme.colours))], np.uint8
+    )
     instances = None
     if scheme.objects is not None:
         instances = (label == 1).astype(np.int32)[: len(label) * 3 // 4]
@@ -169,7 +171,12 @@ def build_store(
             writer.write(
                 sample,
                 make_arrays(
-                    rng, label, scheme, taps, card.rule.patch_px, writer.store.recipe.layout  # type: ignore[arg-type]
+                    rng,
+                    label,
+                    scheme,
+                    taps,
+                    card.rule.patch_px,
+                    writer.store.recipe.layout,  # type: ignore[arg-type]
                 ),
             )
     return FeatureStore.open(path)

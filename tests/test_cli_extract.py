@@ -28,9 +28,15 @@ EXTRACT = ("extract", "--dataset", "data/discs.toml", "--model", "micro")
 
 def test_extract_says_what_it_wrote_and_resumes(place, capsys):
     code, out, _ = psd(capsys, *EXTRACT)
-    assert (code, out) == (0, "2 samples written, 0 already complete: features/discs-micro-t50.zarr\n")
+    assert (code, out) == (
+        0,
+        "2 samples written, 0 already complete: features/discs-micro-t50.zarr\n",
+    )
     code, out, _ = psd(capsys, *EXTRACT)
-    assert (code, out) == (0, "0 samples written, 2 already complete: features/discs-micro-t50.zarr\n")
+    assert (code, out) == (
+        0,
+        "0 samples written, 2 already complete: features/discs-micro-t50.zarr\n",
+    )
 
 
 def test_several_timesteps_and_both_conditions_make_named_stores(place, capsys):
@@ -112,7 +118,9 @@ def test_a_store_of_other_settings_is_refused_with_the_way_out(place, capsys):
     psd(capsys, *EXTRACT, "--out", "s.zarr")
     code, _, err = psd(capsys, *EXTRACT, "--out", "s.zarr", "--seed", "7")
     assert code == 1
-    assert "s.zarr was made with seed 0, this run asks for 7. Use --seed 0, or another --out." in err
+    assert (
+        "s.zarr was made with seed 0, this run asks for 7. Use --seed 0, or another --out." in err
+    )
 
 
 def test_cache_info_verify_repair_and_export(place, capsys):

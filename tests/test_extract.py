@@ -1,4 +1,4 @@
-"""The stage 1 loop: stores that are the paper's features, that resume, and that refuse a mixture."""
+"""The stage 1 loop: stores that are the paper's features, resume, and refuse a mixture."""
 
 import numpy as np
 import pytest
@@ -58,9 +58,7 @@ def test_the_dense_map_of_a_real_image_is_the_papers(bundle, tmp_path):
 
 def test_the_dense_layout_holds_the_same_map(bundle, manifest, tmp_path):
     extract(manifest, bundle, tmp_path / "l.zarr", dtype="float32", splits=["test"])
-    extract(
-        manifest, bundle, tmp_path / "d.zarr", dtype="float32", splits=["test"], layout="dense"
-    )
+    extract(manifest, bundle, tmp_path / "d.zarr", dtype="float32", splits=["test"], layout="dense")
     levels, dense = (FeatureStore.open(tmp_path / name) for name in ("l.zarr", "d.zarr"))
     np.testing.assert_allclose(
         dense.dense(dense.samples()[0]), levels.dense(levels.samples()[0]), rtol=1e-4, atol=1e-5
@@ -139,9 +137,7 @@ def test_an_interrupted_extraction_keeps_what_is_finished(bundle, manifest, tmp_
     assert extract(manifest, bundle, tmp_path / "s.zarr").written == 1
 
 
-def test_an_unreadable_image_is_named_and_the_finished_samples_are_kept(
-    bundle, manifest, tmp_path
-):
+def test_an_unreadable_image_is_named_and_the_finished_samples_are_kept(bundle, manifest, tmp_path):
     image = manifest.parent / "images" / "test_0.png"
     image.write_bytes(image.read_bytes()[:-2000])
     with pytest.raises(DataError, match=r"test_0\.png"):

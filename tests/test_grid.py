@@ -11,7 +11,9 @@ from pathsegdiff.grid import bilinear_matrix, patchwise_matrix
 @pytest.mark.parametrize(("size_in", "size_out"), [(1, 8), (8, 64), (16, 64), (3, 7), (64, 64)])
 def test_two_matrices_interpolate_as_pytorch_does(size_in, size_out):
     values = torch.randn(2, 3, size_in, size_in, generator=torch.Generator().manual_seed(0))
-    expected = F.interpolate(values, size=(size_out, size_out), mode="bilinear", align_corners=False)
+    expected = F.interpolate(
+        values, size=(size_out, size_out), mode="bilinear", align_corners=False
+    )
     matrix = bilinear_matrix(size_in, size_out)
     np.testing.assert_allclose(
         matrix @ values.numpy() @ matrix.T, expected.numpy(), rtol=1e-5, atol=1e-6

@@ -60,7 +60,11 @@ def test_files_of_any_size_come_back_at_their_own_size(place, tmp_path):
     _, bundle, _, run = place
     rng = np.random.default_rng(0)
     files = []
-    for name, size in (("small.png", (40, 30)), ("wide.jpg", (300, 1500)), ("grey.tif", (200, 256))):
+    for name, size in (
+        ("small.png", (40, 30)),
+        ("wide.jpg", (300, 1500)),
+        ("grey.tif", (200, 256)),
+    ):
         shape = size if name.startswith("grey") else (*size, 3)
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / name)
         files.append(tmp_path / name)

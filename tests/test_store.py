@@ -86,9 +86,7 @@ def test_some_taps_and_some_cells_are_read_alone(store):
     part = store.read_level(
         sample, "stride_4", rows=slice(3, 9), columns=slice(5, 16), taps=["up_08", "up_10"]
     )
-    np.testing.assert_array_equal(
-        part, np.concatenate([whole[0:4], whole[6:8]])[:, 3:9, 5:16]
-    )
+    np.testing.assert_array_equal(part, np.concatenate([whole[0:4], whole[6:8]])[:, 3:9, 5:16])
 
 
 def test_the_dense_map_is_the_papers_computed_the_plain_way(store):
@@ -142,7 +140,11 @@ def test_a_second_extraction_appends_and_keeps_what_is_there(tmp_path):
     [
         ("timestep", 100, r"was made with timestep 50, this run asks for 100\. Use --t 50, or"),
         ("seed", 1, r"seed 0, this run asks for 1\. Use --seed 0"),
-        ("conditioning", "none", r"conditioning encoder, this run asks for none.*Use --cond encoder"),
+        (
+            "conditioning",
+            "none",
+            r"conditioning encoder, this run asks for none.*Use --cond encoder",
+        ),
         ("dtype", "float32", r"dtype float16, this run asks for float32.*Use --dtype float16"),
         ("precision", "bfloat16", r"precision float32, this run asks for bfloat16"),
         ("model_sha256", "c" * 64, r"model_sha256 aaaaaaaaaaaa, this run asks for cccccccccccc"),
@@ -185,7 +187,9 @@ def test_a_missing_chunk_is_an_error_and_never_zeros(tmp_path):
     (path / "stride_8" / "c" / "1" / "0" / "0" / "0").unlink()
     store = FeatureStore.open(path)
     store.read_level(store.samples()[0], "stride_8")
-    with pytest.raises(StoreError, match="sample train_1 is damaged, stride_8/c/1/0/0/0 is missing"):
+    with pytest.raises(
+        StoreError, match="sample train_1 is damaged, stride_8/c/1/0/0/0 is missing"
+    ):
         store.read_level(store.samples()[1], "stride_8")
 
 

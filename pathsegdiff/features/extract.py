@@ -138,9 +138,7 @@ def plan_extraction(dataset: Dataset, bundle: Bundle, stage_one: StageOne) -> Ex
         raise DataError(f"data set {dataset.name} has no samples to extract")
     side = dataset.rule.region_px // dataset.rule.patch_px
     sample = dataset.samples[0]
-    prepared = stage_one.prepare(
-        dataset.read(sample, seed=stage_one.seed).image, sample.sample_id
-    )
+    prepared = stage_one.prepare(dataset.read(sample, seed=stage_one.seed).image, sample.sample_id)
     count = min(stage_one.batch_size, side * side)
     batch = PreparedRegion(
         patches=prepared.patches[:count], noise=prepared.noise[:count], grid=(1, count)
@@ -318,7 +316,7 @@ def _check_unchanged(
     import dask
 
     samples = {sample.sample_id: sample for sample in dataset.samples}
-    sources = {}
+    sources: dict[str, StoredSample] = {}
     for stored in registered:
         if writer.store.is_complete(stored):
             sources.setdefault(samples[stored.sample_id].source.source_id, stored)
@@ -351,4 +349,6 @@ def check_views(stores: Mapping[View, Path]) -> None:
     """
     paths = [Path(path) for path in stores.values()]
     if len(set(paths)) != len(paths):
-        raise ConfigError(f"several timesteps or conditions need a folder, not one --out {paths[0]}")
+        raise ConfigError(
+            f"several timesteps or conditions need a folder, not one --out {paths[0]}"
+        )

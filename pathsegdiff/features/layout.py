@@ -1,4 +1,4 @@
-"""Which tap stands where in a store: levels, their channels and their chunks (standard library only).
+"""Which tap stands where in a store: levels, channels and chunks (standard library only).
 
 A level is one array: all taps of one spatial size, concatenated along channels in tap order and
 stitched over the patches of a region.
@@ -58,7 +58,7 @@ class Level:
         return self.taps[-1].stop
 
     def chunk(self, rows: int, columns: int, itemsize: int) -> tuple[int, int, int]:
-        """(channels, cells, cells) of one chunk, so that a reader can take some taps and some patches.
+        """(channels, cells, cells) of one chunk: a reader can take some taps and some patches.
 
         Channels: the largest number that divides every tap, so that no chunk mixes two taps.
         """

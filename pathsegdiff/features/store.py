@@ -1,12 +1,12 @@
 """Feature store: stitched UNet taps in Zarr v3, written by stage 1, read by stage 2 (no torch).
 
-    STORE/zarr.json            attrs: format, recipe, fingerprint, data set, model, levels, provenance
+    STORE/zarr.json            attrs: format, recipe, fingerprint, dataset, model, levels, provenance
       stride_<s>  (S, C, H/s, W/s) float16     the taps of one spatial size; s = 4, 8, 16, 32
       tokens      (S, D, H/16, W/16) float16   the encoder's patch tokens (only where asked for)
       label       (S, H, W) uint8              class ids; >= number of classes: not counted
       image       (S, H, W, 3) uint8           the region, for overlays
       embedding   (S, P, D) float32            the encoder's raw vector of each patch, row-major
-      instances/<index> (H0, W0) int32         objects at the source's size, where the data set counts them
+      instances/<index> (H0, W0) int32         objects at the source's size, where they are counted
     STORE/samples.json         which sample is which index of S
     STORE/marks/<index>.json   written last: the sample's files with sizes and checksums
 
@@ -310,7 +310,7 @@ class FeatureStore:
         """Hold the sample's files against its mark (existence and size, once per reader).
 
         Raises:
-            StoreError: If the mark is missing or unreadable, or a file is missing or of another size.
+            StoreError: If mark or file is missing, the mark unreadable, a file of another size.
         """
         if sample.index in self._checked:
             return
@@ -412,7 +412,8 @@ class FeatureStore:
             if where is None:
                 return np.asarray(array[...])
             selection = tuple(slice(None) if part is None else part for part in where)
-            return np.asarray(array[(sample.index, *selection)])
+            row: tuple[int | slice, ...] = (sample.index, *selection)
+            return np.asarray(array[row])
         except (ValueError, RuntimeError, zarr.errors.BaseZarrError) as error:
             # A chunk whose checksum or compressed stream is wrong.
             raise StoreError(
@@ -483,7 +484,9 @@ def open_group(path: str | Path, mode: str = "r") -> zarr.Group:
     try:
         return zarr.open_group(str(path), mode=mode, zarr_format=3)  # type: ignore[arg-type]
     except FileNotFoundError:
-        raise StoreError(f"{path}: there is no feature store; make one with `psd extract`") from None
+        raise StoreError(
+            f"{path}: there is no feature store; make one with `psd extract`"
+        ) from None
     except (ValueError, KeyError, TypeError, zarr.errors.BaseZarrError) as error:
         raise StoreError(f"{path} cannot be read as a feature store: {error}") from None
 

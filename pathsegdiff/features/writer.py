@@ -160,7 +160,9 @@ class StoreWriter:
         """
         keys = []
         for name, features in arrays.levels.items():
-            keys.append(self._write_row(name, sample, as_stored(features, self.store, name, sample)))
+            keys.append(
+                self._write_row(name, sample, as_stored(features, self.store, name, sample))
+            )
         for name in ("label", "image", "embedding"):
             keys.append(self._write_row(name, sample, getattr(arrays, name)))
         if arrays.instances is not None:

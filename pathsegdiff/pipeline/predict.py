@@ -55,7 +55,7 @@ def predict_files(
     batch_size: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
-    """Segment images and write ``STEM_mask.png`` (class ids, with a palette) and ``STEM_overlay.png``.
+    """Segment images; write ``STEM_mask.png`` (class ids, a palette) and ``STEM_overlay.png``.
 
     Args:
         run: Trained head; its device is used.
