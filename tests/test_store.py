@@ -80,6 +80,25 @@ def test_what_is_written_is_read(tmp_path):
     np.testing.assert_array_equal(store.instances(read), arrays.instances)
 
 
+def test_values_that_are_all_zero_are_written_too(tmp_path):
+    rng = np.random.default_rng(5)
+    with open_writer(tmp_path / "s.zarr") as writer:
+        sample = writer.register(make_samples(1, 0))[0]
+        arrays = make_arrays(rng, np.zeros((64, 64), np.uint8), GLANDS, TAPS, 32)
+        arrays.image[:] = 0
+        arrays.levels["stride_8"][:] = 0
+        writer.write(sample, arrays)
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    assert verify_store(store) == []
+    read = store.samples()[0]
+    assert not store.read_level(read, "stride_8").any()
+    assert not store.label(read).any()
+    assert not store.instances(read).any()
+    (tmp_path / "s.zarr" / "label" / "c" / "0" / "0" / "0").unlink()
+    with pytest.raises(StoreError, match="label/c/0/0/0 is missing"):
+        FeatureStore.open(tmp_path / "s.zarr").label(read)
+
+
 def test_some_taps_and_some_cells_are_read_alone(store):
     sample = store.samples()[0]
     whole = store.read_level(sample, "stride_4")

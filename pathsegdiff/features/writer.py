@@ -193,7 +193,8 @@ class StoreWriter:
     def _member(self, name: str) -> zarr.Array:
         array = self._group[name]
         assert isinstance(array, zarr.Array)
-        return array
+        # A chunk of zeros (a label without any gland) must exist too: an absent file is an error.
+        return array.with_config({"write_empty_chunks": True})
 
     def _write_row(self, name: str, sample: StoredSample, values: np.ndarray) -> str:
         array = self._member(name)
@@ -290,7 +291,6 @@ def _create(
             dtype=dtype,
             compressors=[Crc32cCodec()],
             dimension_names=("sample", "channel", "row", "column"),
-            config={"write_empty_chunks": True},
         )
     if card.scheme.objects is not None:
         group.create_group("instances")
@@ -319,7 +319,6 @@ def _create_small_array(group: zarr.Group, name: str, shape: tuple[int, ...], dt
         chunks=(1, *shape),
         dtype=dtype,
         compressors=[ZstdCodec(), Crc32cCodec()],
-        config={"write_empty_chunks": True},
     )
 
 
