@@ -300,7 +300,7 @@ class Bundle:
     def _load_part(self, part: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         file = self.path / WEIGHT_FILES[part]
         with torch.device("meta"):  # the weights come from the file: make none
-            module = _build_part(part, self.configs[part], str(self.path / CONFIG_FILES[part]))
+            module = build_part(part, self.configs[part], str(self.path / CONFIG_FILES[part]))
         try:
             state = load_file(file, device=str(device))
         except (SafetensorError, OSError) as error:
@@ -511,7 +511,7 @@ def _check_diffusers_config(config: Any, where: str) -> None:
         fields.integer("latent_channels", 1, 256)
 
 
-def _build_part(part: str, config: dict[str, Any], where: str) -> nn.Module:
+def build_part(part: str, config: dict[str, Any], where: str) -> nn.Module:
     if part == "encoder":
         return PatchEncoder(EncoderConfig.from_dict(config, where))
     try:

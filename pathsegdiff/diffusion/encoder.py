@@ -156,7 +156,7 @@ class PatchEncoder(nn.Module):
         # new_tensor and not a buffer: these are settings, and no entry of a state dict
         mean = images.new_tensor(self.config.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.config.std).view(1, 3, 1, 1)
-        normalized = ((images - mean) / std).to(self.vit.cls_token.dtype)
+        normalized = ((images - mean) / std).to(next(self.vit.parameters()).dtype)
         tokens = self.vit.forward_features(normalized)
         grid = self.config.token_grid
         patches = tokens[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
