@@ -85,8 +85,8 @@ def make_glas(
             mask = glands(*size, 3 + index % 3, rng)
             image = stain(mask, rng)
             name = f"{split}_{index}"
-            Image.fromarray(image).save(root / f"{name}{suffix}")
-            Image.fromarray(mask).save(root / f"{name}_anno{suffix}")
+            Image.fromarray(image).save(root / f"{name}{suffix}", lossless=True)
+            Image.fromarray(mask).save(root / f"{name}_anno{suffix}", lossless=True)
             rows.append(
                 {
                     "sample_id": name,

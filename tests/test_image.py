@@ -180,7 +180,9 @@ def test_a_size_just_above_the_limit_is_refused_before_decoding(tmp_path, monkey
     assert read_image(tmp_path / "image.png").shape == (11, 10, 3)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data(), format=st.sampled_from(["PNG", "JPEG", "TIFF", "BMP", "WEBP"]))
 def test_damaged_bytes_give_pixels_or_one_line(tmp_path, data, format):
     buffer = io.BytesIO()

@@ -6,6 +6,7 @@ Shapes: H = rows, W = columns.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ _SWAPPING = (5, 6, 7, 8)
 # Pillow's own limit (89 megapixels) is below a BCSS region at 0.25 um/px; ours replaces it.
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
+# Caught below: one line instead of a warning and a line. Set once, since filters are not per thread.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def read_image(path: Path) -> np.ndarray:

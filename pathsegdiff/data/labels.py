@@ -113,7 +113,7 @@ class LabelScheme:
         for kind, values in (("name", names), ("code", codes)):
             repeated = [value for value in dict.fromkeys(values) if values.count(value) > 1]
             if repeated:
-                raise DataError(f"the {kind} {shown(repeated[0])!r} stands twice in the classes")
+                raise DataError(f"the {kind} {repeated[0]!r} stands twice in the classes")
         if self.objects is not None and self.objects not in self.names:
             raise DataError(
                 f"objects must name a class ({', '.join(self.names)}), got {shown(self.objects)!r}"
