@@ -149,3 +149,23 @@ def test_cache_info_verify_repair_and_export(place, capsys):
     assert "train_0: will be extracted again" in out
     assert psd(capsys, *EXTRACT, "--out", "s.zarr")[1].startswith("1 samples written, 1 already")
     assert psd(capsys, "cache", "verify", "s.zarr")[0] == 0
+
+
+def test_a_real_file_size_limit_stops_in_one_line_and_resumes(place):
+    """The kernel refuses the write: a stand-in for a full disk that needs no mount."""
+    import subprocess
+    import sys
+
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+        "from cli.main import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *EXTRACT, "--out", "s.zarr"]
+    stopped = subprocess.run(command, capture_output=True, text=True, cwd=place)
+    assert stopped.returncode == 1, stopped.stderr
+    assert "Error: the file size limit was reached" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    resumed = [sys.executable, "-m", "cli", *EXTRACT, "--out", "s.zarr"]
+    again = subprocess.run(resumed, capture_output=True, text=True, cwd=place, check=True)
+    assert "2 samples written, 0 already complete" in again.stdout
+    assert FeatureStore.open(place / "s.zarr").samples()

@@ -1,0 +1,5 @@
+"""``python -m cli`` is ``psd``."""
+
+from cli.main import main
+
+main()
