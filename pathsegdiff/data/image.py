@@ -29,7 +29,7 @@ _SWAPPING = (5, 6, 7, 8)
 # Pillow's own limit (89 megapixels) is below a BCSS region at 0.25 um/px; ours replaces it.
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
-# Caught below: one line instead of a warning and a line. Set once, since filters are not per thread.
+# Caught below, as one line. Set once and for all, since filters are not per thread.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
