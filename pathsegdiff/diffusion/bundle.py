@@ -316,6 +316,8 @@ class Bundle:
             for name, value in state.items()
         }
         target.load_state_dict(cast, assign=True)
+        if part in ("unet", "autoencoder"):  # see DiffusionModel: the images come so, too
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
 
 
@@ -411,7 +413,7 @@ def load_bundle(name_or_path: str | Path) -> Bundle:
         BundleError: If there is no such bundle, or a file is missing, altered or unknown to us.
     """
     folder = resolve_bundle(name_or_path)
-    card = ModelCard.from_dict(read_json(folder / CARD_FILE), str(folder / CARD_FILE))
+    card = read_card(folder)
     required = {*WEIGHT_FILES.values(), *CONFIG_FILES.values()}
     if set(card.files) != required:
         odd = sorted(set(card.files) ^ required)
@@ -432,6 +434,15 @@ def load_bundle(name_or_path: str | Path) -> Bundle:
     bundle = Bundle(path=folder, card=card, configs=configs)
     _check_settings(bundle)
     return bundle
+
+
+def read_card(folder: Path) -> ModelCard:
+    """What a bundle's ``model.json`` says; the other files are not looked at.
+
+    Raises:
+        BundleError: If it is missing or broken.
+    """
+    return ModelCard.from_dict(read_json(folder / CARD_FILE), str(folder / CARD_FILE))
 
 
 def _check_settings(bundle: Bundle) -> None:

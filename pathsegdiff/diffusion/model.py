@@ -23,6 +23,11 @@ class DiffusionModel(nn.Module):
     The weights may be float32, bfloat16 or float16, and calls may run under autocast: inputs are
     cast where they enter a network.
 
+    Images and latents go in as channels-last. On a CPU that halves the time of the autoencoder and
+    saves a tenth of the UNet's, and it is what permuted images were in the authors' code: PyTorch
+    sums a channels-last GroupNorm in another order, which over 256 x 256 pixels moves float32
+    results by 1e-5, more with fewer threads (``probe`` fixes their number for this reason).
+
     Attributes:
         patch_px: P, image pixels along one side of a patch.
         latent_shape: (C, h, w).
@@ -119,7 +124,8 @@ class DiffusionModel(nn.Module):
             (B, C, h, w) float32: before quantisation (VQ) or posterior mean (KL).
         """
         self._check_images(images)
-        return encode(self.autoencoder, images, self.latent_scale)
+        channels_last = images.contiguous(memory_format=torch.channels_last)
+        return encode(self.autoencoder, channels_last, self.latent_scale)
 
     def add_noise(self, latent: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """x_t from x_0 and epsilon; see ``schedule.add_noise``.
@@ -172,7 +178,7 @@ class DiffusionModel(nn.Module):
         self.check_timestep(timestep)
         steps = torch.full((len(x_t),), timestep, dtype=torch.long, device=x_t.device)
         return self.unet(
-            x_t.to(self.dtype),
+            x_t.to(self.dtype, memory_format=torch.channels_last),
             steps,
             encoder_hidden_states=context.to(self.dtype),
             return_dict=False,

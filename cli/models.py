@@ -1,0 +1,200 @@
+"""``psd models``: model bundles."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.options import PATH, seed_option
+
+if TYPE_CHECKING:
+    from pathsegdiff.diffusion.bundle import Bundle
+
+_DTYPES = ("float16", "float32")
+
+
+@click.group()
+def models() -> None:
+    """Model bundles: list, show, import, init.
+
+    \b
+    Example:
+      psd models list
+      psd models show tiny
+    """
+
+
+@models.command("list")
+def list_models() -> None:
+    """List the models that --model knows by name.
+
+    \b
+    Example:
+      psd models list
+    """
+    from pathsegdiff.diffusion.bundle import list_bundles, models_dir, read_card
+    from pathsegdiff.diffusion.presets import PRESETS
+    from pathsegdiff.errors import BundleError
+
+    for name, folder in list_bundles().items():
+        if folder is None:
+            click.echo(f"{name}  random weights  made on first use  {PRESETS[name].title}")
+            continue
+        try:
+            card = read_card(folder)
+        except BundleError as error:  # one bad folder must not hide the others
+            click.echo(f"{name}  unusable: {error}")
+            continue
+        weights = "trained" if card.trained else "random weights"
+        click.echo(f"{name}  {weights}  {card.num_channels} channels  {card.title}")
+    click.echo(f"other bundles: put them in {models_dir()}, or give their folder")
+
+
+@models.command()
+@click.argument("model", metavar="NAME|BUNDLE")
+def show(model: str) -> None:
+    """Show what a model is, and check that it is whole.
+
+    \b
+    Example:
+      psd models show tiny
+    """
+    from pathsegdiff.diffusion.bundle import load_bundle
+
+    bundle = load_bundle(model)
+    card = bundle.card
+    schedule = card.schedule
+    encoder = bundle.configs["encoder"]
+    channels, height, width = card.latent_shape
+    lines = {
+        "title": card.title,
+        "weights": "trained" if card.trained else "random weights",
+        "licence": card.licence,
+        "patch": f"{card.patch_px} px",
+        "encoder": f"ViT, {encoder['depth']} blocks, {encoder['embed_dim']} channels",
+        "context": f"{card.context_tokens} tokens" if card.context_tokens > 1 else "1 token",
+        "latent": f"{channels} x {height} x {width} ({card.latent_kind}), "
+        f"scale {card.latent_scale:g}",
+        "schedule": f"{schedule.beta_schedule} {schedule.beta_start:g} to {schedule.beta_end:g}, "
+        f"{schedule.timesteps} steps",
+        "taps": f"{len(card.taps)}, {card.num_channels} channels",
+        "head width": str(card.head_width),
+        "sha256": card.sha256,
+        "folder": str(bundle.path),
+        **{f"from: {source}": text for source, text in card.provenance.items()},
+    }
+    click.echo(card.name)
+    for label, text in lines.items():
+        click.echo(f"  {label:<20}{text}")
+    click.echo("  " + "  ".join(f"{tap.name} {tap.channels}@{tap.stride}" for tap in card.taps))
+
+
+@models.command()
+@click.option(
+    "--preset",
+    type=click.Choice(["paper", "tiny", "micro"]),
+    default="tiny",
+    show_default=True,
+    help="paper: the paper's shapes (1 GB); tiny: the same structure, small; micro: for tests.",
+)
+@seed_option
+@click.option(
+    "--dtype",
+    type=click.Choice(_DTYPES),
+    default="float16",
+    show_default=True,
+    help="Of the weights on disk; float16 halves the files.",
+)
+@click.option("--out", required=True, type=PATH, help="Folder to make.")
+def init(preset: str, seed: int, dtype: str, out: Path) -> None:
+    """Make a bundle of random weights, marked as such.
+
+    \b
+    Example:
+      psd models init --preset tiny --seed 0 --out bundles/tiny0
+    """
+    import torch
+
+    from pathsegdiff.diffusion.bundle import init_bundle
+
+    bundle = init_bundle(preset, seed, out, dtype=getattr(torch, dtype))
+    click.echo(f"random weights: {_summary(bundle)}")
+
+
+@models.command("import")
+@click.option("--ldm", required=True, type=PATH, help="Lightning checkpoint of the LDM (.ckpt).")
+@click.option("--config", required=True, type=PATH, help="Its project YAML.")
+@click.option("--encoder", required=True, type=PATH, help="DINO checkpoint of the encoder (.pth).")
+@click.option(
+    "--encoder-config",
+    type=PATH,
+    help="JSON with the encoder's shape [default: HIPT's ViT-S/16].",
+)
+@click.option("--ema/--no-ema", default=False, help="Take the UNet's averaged weights.")
+@click.option(
+    "--ignore",
+    multiple=True,
+    metavar="PREFIX",
+    help="Leave tensors of this prefix aside; may be given again.",
+)
+@click.option("--name", help="Of the model [default: the folder's].")
+@click.option("--title", default="Imported latent diffusion model", help="One line for people.")
+@click.option("--licence", default="as the imported files say", help="Of the weights.")
+@click.option(
+    "--head-width",
+    default=256,
+    show_default=True,
+    type=click.IntRange(4, 4096),
+    help="Channels of the segmentation head's first layer.",
+)
+@click.option("--random", "is_random", is_flag=True, help="Mark the weights as random.")
+@click.option("--out", required=True, type=PATH, help="Folder to make.")
+def import_model(
+    ldm: Path,
+    config: Path,
+    encoder: Path,
+    encoder_config: Path | None,
+    ema: bool,
+    ignore: tuple[str, ...],
+    name: str | None,
+    title: str,
+    licence: str,
+    head_width: int,
+    is_random: bool,
+    out: Path,
+) -> None:
+    """Make a bundle of the authors' checkpoints, without running anything in them.
+
+    \b
+    Example:
+      psd models import --ldm last.ckpt --config project.yaml \\
+        --encoder vit256_small_dino.pth --out bundles/brca
+    """
+    from pathsegdiff.diffusion.checkpoints import import_bundle
+
+    report = import_bundle(
+        ldm=ldm,
+        project=config,
+        encoder=encoder,
+        encoder_config=encoder_config,
+        out=out,
+        ema=ema,
+        ignore=ignore,
+        name=name,
+        title=title,
+        licence=licence,
+        head_width=head_width,
+        trained=not is_random,
+    )
+    parts = ", ".join(f"{part} {count:,}" for part, count in report.parameters.items())
+    click.echo(f"{report.tensors} tensors read, 0 missing, 0 unexpected")
+    if report.ignored:
+        aside = ", ".join(f"{prefix} {count}" for prefix, count in report.ignored.items())
+        click.echo(f"left aside: {aside}")
+    click.echo(f"parameters: {parts}")
+    click.echo(_summary(report.bundle))
+
+
+def _summary(bundle: "Bundle") -> str:
+    card = bundle.card
+    return f"{card.name}, {len(card.taps)} taps, {card.num_channels} channels: {bundle.path}"
