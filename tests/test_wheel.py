@@ -30,9 +30,13 @@ def wheel(tmp_path_factory) -> Path:
     """Built from a copy, so that nothing is left in the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "source"
-    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs", "features")
-    shutil.copytree(ROOT, copy, ignore=ignore)
-    call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, copy,
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("pathsegdiff", "cli", "data_manifests"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+    call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, copy,
          cwd=folder)  # fmt: skip
     return next(folder.glob("pathsegdiff-*.whl"))
 
