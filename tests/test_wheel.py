@@ -36,8 +36,8 @@ def wheel(tmp_path_factory) -> Path:
     for name in ("pathsegdiff", "cli", "data_manifests"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-    call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, copy,
-         cwd=folder)  # fmt: skip
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    call(*pip, "--wheel-dir", folder, copy, cwd=folder)
     return next(folder.glob("pathsegdiff-*.whl"))
 
 
