@@ -122,7 +122,8 @@ def extract(
         click.echo(
             f"{plan.samples} samples, {plan.patches} patches; "
             f"{size(plan.feature_bytes)} of features and up to {size(plan.other_bytes)} of "
-            f"labels and images; about {duration(plan.seconds)} at {plan.seconds_per_patch:.3g} s per patch"
+            f"labels and images; about {duration(plan.seconds)} "
+            f"at {plan.seconds_per_patch:.3g} s per patch"
         )
         return
     stores = _stores(views, out, opened.name, bundle.card.name)

@@ -60,7 +60,7 @@ def make_card(scheme: LabelScheme, region_px: int, patch_px: int) -> DatasetCard
 
 
 def make_label(rng: np.random.Generator, scheme: LabelScheme, region_px: int) -> np.ndarray:
-    """(H, W) uint8: discs of the other classes on class 0, and a don't-care strip if there is one."""
+    """(H, W) uint8: discs of the other classes on class 0, a don't-care strip if any."""
     label = np.zeros((region_px, region_px), np.uint8)
     rows, columns = np.mgrid[:region_px, :region_px]
     for class_id in range(1, scheme.num_classes):

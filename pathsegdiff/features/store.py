@@ -1,6 +1,6 @@
 """Feature store: stitched UNet taps in Zarr v3, written by stage 1, read by stage 2 (no torch).
 
-    STORE/zarr.json            attrs: format, recipe, fingerprint, dataset, model, levels, provenance
+    STORE/zarr.json            format, recipe, fingerprint, dataset, model, levels, provenance
       stride_<s>  (S, C, H/s, W/s) float16     the taps of one spatial size; s = 4, 8, 16, 32
       tokens      (S, D, H/16, W/16) float16   the encoder's patch tokens (only where asked for)
       label       (S, H, W) uint8              class ids; >= number of classes: not counted
