@@ -55,14 +55,14 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> T
 def cross_entropy_sums(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of ``weighted_cross_entropy``, to pool it over batches."""
     target = labels.long()
-    counts = weights > 0
-    known = target < len(weights)
-    known = known & counts[target.clamp_max(len(weights) - 1)]
-    target = torch.where(known, target, _IGNORED)
+    outputs = target.clamp_max(len(weights) - 1)
+    # Gathered once: what a pixel weighs, 0 where it has no output or its class does not count.
+    pixel_weights = torch.where(target < len(weights), weights[outputs], 0.0)
+    target = torch.where(pixel_weights > 0, target, _IGNORED)
     total = F.cross_entropy(
         logits.float(), target, weight=weights, ignore_index=_IGNORED, reduction="sum"
     )
-    return total, weights[target.clamp_min(0)][known].sum()
+    return total, pixel_weights.sum()
 
 
 def predict_labels(logits: Tensor, num_classes: int) -> Tensor:
