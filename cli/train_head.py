@@ -107,7 +107,7 @@ def train_head(
         raise click.UsageError("give --epochs or --steps, not both")
     crop_px = _parse_crop(crop)
 
-    from cli.progress import Progress, duration
+    from cli.progress import TrainingProgress, duration
     from pathsegdiff.config import parse_taps
     from pathsegdiff.device import resolve_device, resolve_precision
     from pathsegdiff.features.store import FeatureStore
@@ -142,18 +142,8 @@ def train_head(
         click.echo(f"note: {note}", err=True)
     click.echo(f"{out}: {_describe(settings, store.region_px)}")
     quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
-    with Progress("train-head", "steps", quiet=quiet) as bar:
-
-        def show(state: "train.TrainProgress") -> None:
-            note = f"epoch {state.epoch}, loss {state.loss:.4f}"
-            if state.row is not None:
-                shown["row"] = state.row
-            if "val_miou" in shown["row"]:
-                note += f", validation mIoU {shown['row']['val_miou']:.4f}"
-            bar(state.step, state.total_steps, note)
-
-        shown: dict[str, Any] = {"row": {}}
-        result = train.train_head(store, out, settings, device=place, progress=show)
+    with TrainingProgress(quiet=quiet) as bar:
+        result = train.train_head(store, out, settings, device=place, progress=bar.show)
     if not result.steps_done_now:
         click.echo(f"{out} has finished before, after {result.steps} steps; nothing to do")
     else:

@@ -7,6 +7,9 @@ import torch
 
 # Hubs are never asked: the suite runs without a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The tests' tensors are small: a second thread costs more than it gives.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture

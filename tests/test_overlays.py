@@ -167,4 +167,4 @@ def test_default_colours_differ_from_each_other_and_from_eosin():
 
 def test_only_a_class_that_means_nothing_in_particular_is_background():
     assert background_class(["gland", "Background"]) == 1
-    assert background_class(["tumour", "stroma"]) is None
+    assert background_class(["tumour", "stroma", "other"]) is None

@@ -63,11 +63,9 @@ def default_colours(num_classes: int, background: int | None = None) -> tuple[Co
 
 
 def background_class(names: Sequence[str]) -> int | None:
-    """The class that stands for nothing in particular, by its name; it gets no tint."""
-    for k, name in enumerate(names):
-        if name.strip().lower() in {"background", "other", "rest", "none"}:
-            return k
-    return None
+    """The class called background, which gets no tint; "other" tissue is a class like any."""
+    lowered = [name.strip().lower() for name in names]
+    return lowered.index("background") if "background" in lowered else None
 
 
 def overlay(

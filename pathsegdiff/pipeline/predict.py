@@ -19,7 +19,7 @@ from pathsegdiff.data.image import read_image
 from pathsegdiff.data.regions import resize_image
 from pathsegdiff.diffusion.bundle import Bundle
 from pathsegdiff.errors import DataError, RunError
-from pathsegdiff.evaluation.overlays import overlay
+from pathsegdiff.evaluation.overlays import background_class, overlay
 from pathsegdiff.features.stage_one import StageOne, View
 from pathsegdiff.features.store import DatasetCard
 from pathsegdiff.segmentation.runs import Run
@@ -73,7 +73,7 @@ def predict_files(
         raise DataError(f"two images are called {twice!r}; predict them into different folders")
     out.mkdir(parents=True, exist_ok=True)
     scheme = run.config.card.scheme
-    background = background_id(run.config.card)
+    background = background_class(scheme.names)
     written = []
     for number, path in enumerate(images):
         image = read_image(path)
@@ -251,12 +251,6 @@ def resize_probabilities(probabilities: np.ndarray, size: tuple[int, int]) -> np
         return probabilities
     tensor = torch.from_numpy(np.ascontiguousarray(probabilities))[None]
     return F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[0].numpy()
-
-
-def background_id(card: DatasetCard) -> int | None:
-    """The class that overlays leave clear: the first, where it is called background."""
-    names = card.scheme.names
-    return 0 if names and names[0].lower() == "background" else None
 
 
 def save_mask(path: Path, label: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> None:
