@@ -79,7 +79,7 @@ class ImportReport:
 
     Attributes:
         bundle: The result.
-        parameters: Part -> how many numbers it holds.
+        parameters: Part -> how many numbers the checkpoint holds of it.
         tensors: How many were read, of both checkpoints.
         ignored: Prefix or buffer -> how many tensors were left aside.
     """
@@ -161,7 +161,7 @@ def import_bundle(
                 loaded = {key: _read(source, key, ref) for key, ref in state.items()}
                 converted = _CONVERT[part](loaded, config)
                 _check_converted(part, config, converted)
-                parameters[part] = sum(tensor.numel() for tensor in converted.values())
+                parameters[part] = sum(ref.numel for ref in state.values())
                 write_part(folder, part, config, converted)
                 del loaded, converted
             write_card(folder, card)
