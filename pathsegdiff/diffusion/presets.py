@@ -85,8 +85,9 @@ def vq_config(
     codes: int,
     norm_num_groups: int = 32,
     middle_attention: bool = True,
+    scale: float = 1.0,
 ) -> dict[str, Any]:
-    """``config.json`` of a VQModel with 3 latent channels and scale 1 for 256 px patches."""
+    """``config.json`` of a VQModel with 3 latent channels for 256 px patches."""
     return {
         "_class_name": "VQModel",
         "in_channels": 3,
@@ -101,7 +102,7 @@ def vq_config(
         "num_vq_embeddings": codes,
         "norm_num_groups": norm_num_groups,
         "vq_embed_dim": 3,
-        "scaling_factor": 1.0,  # diffusers' default is that of Stable Diffusion's KL-f8
+        "scaling_factor": scale,  # diffusers' default is that of Stable Diffusion's KL-f8
         "norm_type": "group",
         "mid_block_add_attention": middle_attention,
     }
@@ -131,6 +132,7 @@ def _preset(
             "normalize": True,
         },
         autoencoder=autoencoder,
+        latent_scale=float(autoencoder["scaling_factor"]),
         unet=unet_config(
             latent_channels=latent_channels(autoencoder),
             latent_size=256 // latent_stride(autoencoder),
@@ -143,6 +145,10 @@ def _preset(
         ),
     )
 
+
+#: An untrained small autoencoder's latents have a standard deviation of 0.2 on H&E. Left so, the
+#: noise at t = 50 (0.29) drowns them; LDM scales its latents to 1 too (Rombach et al. 2022, app. G).
+_UNTRAINED_SCALE = 5.0
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -170,6 +176,7 @@ PRESETS: dict[str, Preset] = {
                 codes=1024,
                 norm_num_groups=8,
                 middle_attention=False,  # attention over 64 x 64 cells costs more than the UNet
+                scale=_UNTRAINED_SCALE,
             ),
             unet_channels=(32, 64, 96, 160),
         ),
@@ -186,6 +193,7 @@ PRESETS: dict[str, Preset] = {
                 codes=16,
                 norm_num_groups=4,
                 middle_attention=False,
+                scale=_UNTRAINED_SCALE,
             ),
             unet_channels=(16, 16, 16, 32),
             unet_groups=8,

@@ -3,6 +3,7 @@
 For comparing with the authors' code, and for finding out where two machines part.
 """
 
+import tokenize  # numpy reads headers with it, and lets its error through
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,7 +166,7 @@ def read_noise(path: Path) -> np.ndarray:
         array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except (ValueError, EOFError, OSError, SyntaxError) as error:
+    except (ValueError, EOFError, OSError, SyntaxError, tokenize.TokenError) as error:
         raise DataError(f"{path} is not an NPY file of numbers: {error!s:.120}") from None
     if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
         raise DataError(f"{path} must hold finite numbers")

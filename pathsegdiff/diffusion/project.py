@@ -20,6 +20,7 @@ from pathsegdiff.errors import BundleError, ConfigError
 _MAX_YAML_BYTES = 1 << 20
 #: Aliases multiply when merged; honest project files have none.
 _MAX_ALIASES = 16
+_MAX_DEPTH = 32
 
 #: CompVis' name -> diffusers' name, which is ours.
 _BETA_SCHEDULES = {
@@ -241,13 +242,24 @@ def _load_yaml(path: Path) -> Any:
     except UnicodeDecodeError:
         raise BundleError(f"{path} is not a text file; give the project YAML") from None
     try:
-        events = yaml.parse(text, Loader=yaml.SafeLoader)
-        if sum(isinstance(event, yaml.AliasEvent) for event in events) > _MAX_ALIASES:
-            raise BundleError(f"{path} has more than {_MAX_ALIASES} YAML aliases; write them out")
+        _check_yaml_size(text, path)
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = " ".join(str(error).split())
         raise BundleError(f"{path} is not valid YAML: {line:.160}") from None
+
+
+def _check_yaml_size(text: str, path: Path) -> None:
+    """Look at the YAML event by event, before anything is built of it."""
+    aliases = depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if aliases > _MAX_ALIASES:
+            raise BundleError(f"{path} has more than {_MAX_ALIASES} YAML aliases; write them out")
+        if depth > _MAX_DEPTH:
+            raise BundleError(f"{path} is not valid YAML for a project: nested too deeply")
 
 
 class _Node:
