@@ -123,6 +123,7 @@ def test_the_paper_preset_has_the_papers_parameters():
         "unet": 400_920_579,
     }
     assert preset.head_width == 256
+    assert preset.latent_scale == preset.autoencoder["scaling_factor"] == 1.0
     assert preset.schedule.alphas_cumprod()[50].item() == pytest.approx(0.9166874224, rel=1e-9)
 
 
@@ -137,7 +138,7 @@ def test_diffusers_reads_the_folder(micro, model):
         expected = ours.state_dict()
         assert theirs.state_dict().keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in theirs.state_dict().items())
-    assert autoencoder.config.scaling_factor == 1.0
+    assert autoencoder.config.scaling_factor == micro.card.latent_scale
 
 
 # Names
