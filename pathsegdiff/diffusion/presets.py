@@ -147,7 +147,7 @@ def _preset(
 
 
 #: An untrained small autoencoder's latents have a standard deviation of 0.2 on H&E. Left so, the
-#: noise at t = 50 (0.29) drowns them; LDM scales its latents to 1 too (Rombach et al. 2022, app. G).
+#: noise at t = 50 (0.29) drowns them; LDM scales its latents to 1 (Rombach et al. 2022, app. G).
 _UNTRAINED_SCALE = 5.0
 
 PRESETS: dict[str, Preset] = {
