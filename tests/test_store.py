@@ -1,6 +1,7 @@
 """The feature store: what is written is read, and what is damaged is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -314,3 +315,48 @@ def test_the_fingerprint_changes_with_every_field():
     assert {field for change in changed for field in change} == set(base.to_dict())
     prints = {Recipe(**{**base.to_dict(), **change}).fingerprint() for change in changed}
     assert len(prints | {base.fingerprint()}) == len(changed) + 1
+
+
+@pytest.mark.parametrize("gone", ["stride_4/zarr.json", "label/zarr.json", "stride_8"])
+def test_an_array_that_is_gone_is_said_with_the_way_out_and_never_passes_as_whole(tmp_path, gone):
+    path = damaged(tmp_path)
+    if (path / gone).is_dir():
+        shutil.rmtree(path / gone)
+    else:
+        (path / gone).unlink()
+    message = rf"array {gone.split('/')[0]} is missing or damaged .*delete the store and extract"
+    with pytest.raises(StoreError, match=message):
+        verify_store(FeatureStore.open(path))
+    with pytest.raises(StoreError, match=message), open_writer(path):
+        pass
+
+
+def test_marks_without_the_table_of_samples_are_damage_and_not_an_empty_store(tmp_path):
+    path = damaged(tmp_path)
+    (path / "samples.json").unlink()
+    with pytest.raises(StoreError, match="lists 0 samples, but number 2 is marked .*delete the"):
+        FeatureStore.open(path)
+
+
+@pytest.mark.parametrize("name", ["samples.json", "zarr.json"])
+def test_a_store_that_no_sample_can_mend_says_to_delete_it(tmp_path, name):
+    path = damaged(tmp_path)
+    (path / name).write_text('{"cut')
+    with pytest.raises(StoreError, match="delete the store and extract it again"):
+        FeatureStore.open(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "remedy"),
+    [
+        ("dataset_sha256", r"Use the manifest and --mpp that it was made with, or another --out"),
+        ("model_sha256", "Use the bundle that it was made with as --model, or another --out"),
+    ],
+)
+def test_no_hash_is_offered_as_an_option(tmp_path, field, remedy):
+    path = damaged(tmp_path)
+    with (
+        pytest.raises(StoreError, match=remedy),
+        open_writer(path, **{field: "c" * 64}),
+    ):
+        pass

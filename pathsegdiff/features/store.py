@@ -40,6 +40,8 @@ ATTRIBUTE = "pathsegdiff"
 SAMPLES_KEY = "samples.json"
 #: A table of samples above this is refused before it is read.
 _MAX_JSON_BYTES = 1 << 28
+#: What is left to do where the store itself, not a sample of it, is damaged.
+_ANEW = "delete the store and extract it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +181,14 @@ class FeatureStore:
 
     def reload(self) -> None:
         """Look again at which samples exist and are complete (another process may be writing)."""
-        self._samples = self._read_samples()
+        # Marks first: a writer lists a sample before it marks it, so no mark can be without a row.
         self._complete = self._read_complete()
+        self._samples = self._read_samples()
+        if self._complete and max(self._complete) >= len(self._samples):
+            raise StoreError(
+                f"{self.path}: {SAMPLES_KEY} lists {len(self._samples)} samples, but number "
+                f"{max(self._complete)} is marked complete; {_ANEW}"
+            )
 
     # -- what it is --
 
@@ -306,6 +314,15 @@ class FeatureStore:
 
     # -- integrity --
 
+    def check_arrays(self) -> None:
+        """Open every array, whatever samples it holds.
+
+        Raises:
+            StoreError: If one is missing, or has another shape or dtype than the store says.
+        """
+        for name in array_shapes(self.levels, self.tokens_level, self.card.rule, self.model):
+            self._array(name)
+
     def check_sample(self, sample: StoredSample) -> None:
         """Hold the sample's files against its mark (existence and size, once per reader).
 
@@ -379,9 +396,11 @@ class FeatureStore:
             try:
                 array = self._group[name]
             except (KeyError, ValueError, TypeError, zarr.errors.BaseZarrError) as error:
-                raise StoreError(f"{self.path}: array {name} cannot be opened: {error}") from None
+                raise StoreError(
+                    f"{self.path}: array {name} is missing or damaged ({error}); {_ANEW}"
+                ) from None
             if not isinstance(array, zarr.Array):
-                raise StoreError(f"{self.path}: {name} is not an array")
+                raise StoreError(f"{self.path}: {name} is not an array; {_ANEW}")
             if not name.startswith("instances/"):
                 self._check_shape(name, array)
             self._arrays[name] = array
@@ -392,7 +411,7 @@ class FeatureStore:
         if array.shape[1:] != expected[0] or str(array.dtype) != self._dtype(name, expected[1]):
             raise StoreError(
                 f"{self.path}: array {name} has shape {array.shape} and dtype {array.dtype}, "
-                f"the store says (samples, {', '.join(map(str, expected[0]))})"
+                f"the store says (samples, {', '.join(map(str, expected[0]))}); {_ANEW}"
             )
 
     def _dtype(self, name: str, dtype: str) -> str:
@@ -443,7 +462,9 @@ class FeatureStore:
                 for name, level in values["levels"].items()
             }
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError, DataError) as error:
-            raise StoreError(f"{self.path}: its attributes are damaged: {error!r}") from None
+            raise StoreError(
+                f"{self.path}: its attributes are damaged ({error!r}); {_ANEW}"
+            ) from None
         if self.fingerprint != self.recipe.fingerprint():
             raise StoreError(
                 f"{self.path}: its recipe does not match its fingerprint {self.fingerprint}; "
@@ -462,9 +483,13 @@ class FeatureStore:
             rows = json.loads(self.get(SAMPLES_KEY) or b"")
             samples = [StoredSample.from_dict(index, row) for index, row in enumerate(rows)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise StoreError(f"{self.path}: {SAMPLES_KEY} is damaged: {error!r}") from None
+            raise StoreError(
+                f"{self.path}: {SAMPLES_KEY} is damaged ({error!r}); {_ANEW}"
+            ) from None
         if len({sample.sample_id for sample in samples}) != len(samples):
-            raise StoreError(f"{self.path}: {SAMPLES_KEY} is damaged: a sample stands in it twice")
+            raise StoreError(
+                f"{self.path}: {SAMPLES_KEY} is damaged (a sample stands in it twice); {_ANEW}"
+            )
         return samples
 
     def _read_complete(self) -> set[int]:
@@ -488,7 +513,7 @@ def open_group(path: str | Path, mode: str = "r") -> zarr.Group:
             f"{path}: there is no feature store; make one with `psd extract`"
         ) from None
     except (ValueError, KeyError, TypeError, zarr.errors.BaseZarrError) as error:
-        raise StoreError(f"{path} cannot be read as a feature store: {error}") from None
+        raise StoreError(f"{path} cannot be read as a feature store ({error}); {_ANEW}") from None
 
 
 def array_shapes(

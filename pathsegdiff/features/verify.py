@@ -22,7 +22,11 @@ def verify_store(store: FeatureStore) -> list[Finding]:
 
     Returns:
         What is wrong, in the order of the samples; empty for a store that is whole.
+
+    Raises:
+        StoreError: If an array of the store itself is missing or damaged: no sample can mend that.
     """
+    store.check_arrays()
     samples = store.samples()
     checks = [dask.delayed(verify_sample)(store, sample) for sample in samples]
     results = dask.compute(*checks, scheduler="threads")

@@ -33,8 +33,6 @@ from pathsegdiff.features.store import (
 
 #: How to ask for what an existing store was made with.
 _OPTIONS = {
-    "model_sha256": "--model",
-    "dataset_sha256": "--dataset (with the same manifest and --mpp)",
     "timestep": "--t",
     "conditioning": "--cond",
     "taps": "--taps",
@@ -43,6 +41,10 @@ _OPTIONS = {
     "seed": "--seed",
     "layout": "--layout",
     "tokens": "--tokens",
+}
+_SAME = {
+    "model_sha256": "the bundle that it was made with as --model",
+    "dataset_sha256": "the manifest and --mpp that it was made with",
 }
 
 
@@ -96,7 +98,7 @@ class StoreWriter:
 
         Raises:
             StoreError: If it was made with other settings (naming the field, both values and the
-                option), is no store, or another process is writing to it.
+                option), is no store, is damaged, or another process is writing to it.
         """
         path = Path(path)
         if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not _started(path))):
@@ -106,7 +108,9 @@ class StoreWriter:
         try:
             if not (path / "zarr.json").exists():
                 _create(path, recipe, card, model, levels, tokens, provenance)
-            check_recipe(FeatureStore.open(path), recipe)
+            existing = FeatureStore.open(path)
+            check_recipe(existing, recipe)
+            existing.check_arrays()
             return cls(path, open_group(path, "r+"), lock)
         except BaseException:
             lock.release()
@@ -237,9 +241,10 @@ def check_recipe(store: FeatureStore, recipe: Recipe) -> None:
     theirs, ours = store.recipe.to_dict(), recipe.to_dict()
     parts = [f"{n} {_short(theirs[n])}, this run asks for {_short(ours[n])}" for n in differing]
     first = differing[0]
+    # Nobody can give a hash as an option.
+    remedy = _SAME.get(first) or f"{_OPTIONS[first]} {_short(theirs[first])}"
     raise StoreError(
-        f"{store.path} was made with {'; '.join(parts)}. "
-        f"Use {_OPTIONS[first]} {_short(theirs[first])}, or another --out."
+        f"{store.path} was made with {'; '.join(parts)}. Use {remedy}, or another --out."
     )
 
 
