@@ -1,5 +1,6 @@
 """``psd data``: the data sets that are known, what they need, are they whole; your own data."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,7 +173,7 @@ def init(
         click.echo(f"  class {entry.name}: {pixels / total:.1%} of the pixels")
     _show_content(manifest)
     click.echo(f"Next: edit {manifest.path} if a guess is wrong, then")
-    click.echo(f"  psd extract --dataset {manifest.path}")
+    click.echo(f"  psd extract --dataset {shlex.quote(str(manifest.path))}")
 
 
 def _show_content(manifest: "Manifest") -> None:

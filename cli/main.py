@@ -124,7 +124,11 @@ _USER_ERRNOS = {
     errno.EACCES: "permission denied; choose a folder that you can write to",
     errno.EPERM: "operation not permitted; choose a folder that you can write to",
     errno.EROFS: "the file system is read-only; choose another folder",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
+    errno.EEXIST: "a file stands where a folder has to be made; choose another path",
+    errno.EISDIR: "a folder stands where a file has to be written; choose another path",
+    errno.ELOOP: "the link leads back to itself; choose another path",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.ENOENT: "no such file or folder",
     errno.EIO: "the disk reported an input/output error",
 }

@@ -26,7 +26,13 @@ def device_option(command: Command) -> Command:
 def seed_option(command: Command) -> Command:
     """``--seed``."""
     return click.option(
-        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed."
+        # torch's generators take no more than 64 bits.
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, 2**63 - 1),
+        metavar="N",
+        help="Seed.",
     )(command)
 
 

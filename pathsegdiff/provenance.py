@@ -1,6 +1,7 @@
 """What an output was made with: versions, machine and command."""
 
 import platform
+import shlex
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
@@ -28,6 +29,6 @@ def provenance(**facts: Any) -> dict[str, Any]:
         "versions": versions(),
         "platform": f"{platform.system()} {platform.machine()}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["psd", *sys.argv[1:]]) if sys.argv else "",
+        "command": shlex.join(["psd", *sys.argv[1:]]) if sys.argv else "",
         **facts,
     }

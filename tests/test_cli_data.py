@@ -1,6 +1,7 @@
 """``psd data``: what it prints, what it writes, and how it ends."""
 
 import logging
+import shlex
 import shutil
 from pathlib import Path
 
@@ -324,3 +325,11 @@ def test_each_command_shows_an_example(capsys):
         code, out, _ = psd(capsys, command, "--help")
         assert code == 0
         assert f"psd data {command}" in out.split("Example:")[1]
+
+
+def test_the_next_command_that_init_names_can_be_pasted_into_a_shell(capsys, tmp_path):
+    images, masks = make_folders(tmp_path / "my data")
+    out = tmp_path / "my data" / "mine.toml"
+    code, said, _ = psd(capsys, "init", "--images", images, "--masks", masks, "--out", out)
+    assert code == 0
+    assert shlex.split(said.splitlines()[-1])[-2:] == ["--dataset", str(out)]
