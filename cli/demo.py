@@ -1,5 +1,6 @@
 """``psd demo``: the whole pipeline on the embedded images."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -54,4 +55,9 @@ def demo(ctx: click.Context, out: Path, model: str, device: str, seed: int) -> N
             f"The model {model} has random weights: these numbers are a floor, not a result.\n"
         )
     click.echo(f"Open {result.report} for the overlays.")
-    click.echo(f"Next: psd predict --run {result.run} --out predictions YOUR_IMAGE.png")
+    # A run records its bundle by name, which does not lead to a folder of one's own.
+    bundle = "" if model == "tiny" else f"--model {shlex.quote(model)} "
+    click.echo(
+        f"Next: psd predict --run {shlex.quote(str(result.run))} {bundle}"
+        "--out predictions YOUR_IMAGE.png"
+    )

@@ -40,12 +40,11 @@ def predict(
     """
     from cli.progress import Progress
     from pathsegdiff.device import resolve_device
-    from pathsegdiff.diffusion.bundle import load_bundle
-    from pathsegdiff.pipeline.predict import predict_files
+    from pathsegdiff.pipeline.predict import bundle_of_run, predict_files
     from pathsegdiff.segmentation.runs import load_run
 
     run = load_run(run_path, resolve_device(device))
-    bundle = load_bundle(model or str(run.config.model["name"]))
+    bundle = bundle_of_run(run, model)
     quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
     with Progress("predict", "images", quiet=quiet) as progress:
         found = predict_files(

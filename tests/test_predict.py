@@ -163,3 +163,35 @@ def test_a_window_rule_scales_by_mpp():
     card = replace(make_card(GLANDS, 768, 256), rule=rule, source_mpp=0.25)
     assert region_size((2000, 4000), card) == (1000, 2000)
     assert region_size((2000, 4000), card, mpp=1.0) == (4000, 8000)
+
+
+@pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan"), 1e9])
+def test_a_resolution_that_no_microscope_has_is_refused(mpp):
+    with pytest.raises(DataError, match="mpp must be from 0.01 to 100 um/px, got"):
+        region_size((576, 768), make_card(GLANDS, 768, 256), mpp=mpp)
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(place, tmp_path, capsys):
+    folder = place[0]
+    (tmp_path / "file").write_text("")
+    code = psd(
+        ["predict", "--run", str(folder / "run"), "--model", str(folder / "micro"), "--out",
+         str(tmp_path / "file"), str(folder / "data" / "images" / "test_0.png")]
+    )  # fmt: skip
+    assert code == 1
+    assert "Error: a file stands where a folder" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_bundle_that_is_not_found_by_name_is_asked_for_by_folder(
+    place, tmp_path, monkeypatch, capsys
+):
+    folder = place[0]
+    monkeypatch.chdir(tmp_path)
+    code = psd(
+        ["predict", "--run", str(folder / "run"), "--out", "out",
+         str(folder / "data" / "images" / "test_0.png")]
+    )  # fmt: skip
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1
+    assert f"run {folder / 'run'} was trained with the bundle micro" in err
+    assert err.endswith("give its folder as --model")

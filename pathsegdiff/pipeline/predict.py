@@ -16,9 +16,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from pathsegdiff.data.image import read_image
-from pathsegdiff.data.regions import resize_image
-from pathsegdiff.diffusion.bundle import Bundle
-from pathsegdiff.errors import DataError, RunError
+from pathsegdiff.data.regions import check_mpp, resize_image
+from pathsegdiff.diffusion.bundle import Bundle, load_bundle
+from pathsegdiff.errors import BundleError, DataError, RunError
 from pathsegdiff.evaluation.overlays import background_class, overlay
 from pathsegdiff.features.stage_one import StageOne, View
 from pathsegdiff.features.store import DatasetCard
@@ -43,6 +43,29 @@ class Prediction:
     mask: Path
     overlay: Path
     class_shares: dict[str, float]
+
+
+def bundle_of_run(run: Run, model: str | None = None) -> Bundle:
+    """The bundle that a run was trained with.
+
+    Args:
+        model: Its name or folder; None for the name that the run records.
+
+    Raises:
+        RunError: If the recorded name leads to no bundle here.
+        BundleError: If ``model`` does not.
+    """
+    if model is not None:
+        return load_bundle(model)
+    name = str(run.config.model["name"])
+    try:
+        return load_bundle(name)
+    except BundleError as error:
+        raise RunError(
+            f"run {run.path} was trained with the bundle {name} "
+            f"({str(run.config.model['sha256'])[:12]}), which is not found under that name "
+            f"({error}); give its folder as --model"
+        ) from None
 
 
 def predict_files(
@@ -203,9 +226,13 @@ def region_size(
 
     Returns:
         (height, width), each at least 1.
+
+    Raises:
+        DataError: If ``mpp`` is no resolution, or the data set states none to compare it with.
     """
     rule = card.rule
     zoom = 1.0
+    check_mpp("mpp", mpp)
     if mpp is not None:
         if card.source_mpp is None:
             raise DataError(f"data set {card.name} states no mpp, so --mpp {mpp} means nothing")
