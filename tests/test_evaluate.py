@@ -237,3 +237,13 @@ def test_an_unfinished_split_is_said(trained, tmp_path):
         load_run(trained), FeatureStore.open(tmp_path / "part.zarr"), out=tmp_path / "out"
     )
     assert any("only 2 of the 3 images of test are extracted so far" in n for n in found.notes)
+
+
+def test_an_unfinished_training_is_said(trained, store, tmp_path):
+    unfinished = tmp_path / "run"
+    shutil.copytree(trained, unfinished)
+    (unfinished / "result.json").unlink()
+    found = evaluate_run(load_run(unfinished), store, out=tmp_path / "out")
+    assert "the training has not finished: this head is the best so far, of step " in found.notes[1]
+    again = evaluate_run(load_run(trained), store, out=tmp_path / "again")
+    assert not any("has not finished" in note for note in again.notes)

@@ -43,6 +43,7 @@ from pathsegdiff.provenance import provenance
 from pathsegdiff.segmentation.losses import predict_labels
 from pathsegdiff.segmentation.runs import (
     CURVES_FILE,
+    RESULT_FILE,
     Run,
     check_fits,
     random_weights_note,
@@ -328,6 +329,9 @@ def _part_notes(
     run: Run, store: FeatureStore, part: str, samples: Sequence[StoredSample]
 ) -> Iterator[str]:
     """What makes the numbers less than they look."""
+    if not (run.path / RESULT_FILE).is_file():
+        step = _plain(run.metadata).get("step", 0)
+        yield f"the training has not finished: this head is the best so far, of step {step:.0f}"
     for role, verb in (("train", "trained on"), ("val", "chosen on")):
         ids = set(run.config.samples[role])
         shared = sum(sample.sample_id in ids for sample in samples)
