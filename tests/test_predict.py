@@ -195,3 +195,16 @@ def test_a_bundle_that_is_not_found_by_name_is_asked_for_by_folder(
     assert code == 1
     assert f"run {folder / 'run'} was trained with the bundle micro" in err
     assert err.endswith("give its folder as --model")
+
+
+def test_annotations_beside_the_images_are_not_overwritten_and_predictions_are(place, tmp_path):
+    folder, bundle, _, run = place
+    image = tmp_path / "a.png"
+    image.write_bytes((folder / "data" / "images" / "test_0.png").read_bytes())
+    (tmp_path / "a_mask.png").write_bytes(b"annotated by hand")
+    with pytest.raises(DataError, match="a_mask.png exists and is no earlier prediction"):
+        predict_files(run, bundle, [image], tmp_path)
+    assert (tmp_path / "a_mask.png").read_bytes() == b"annotated by hand"
+    (tmp_path / "a_mask.png").unlink()
+    for _ in range(2):
+        assert predict_files(run, bundle, [image], tmp_path)[0].mask == tmp_path / "a_mask.png"

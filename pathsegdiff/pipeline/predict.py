@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from pathsegdiff.data.image import read_image
+from pathsegdiff.data.image import read_image, shown
 from pathsegdiff.data.regions import check_mpp, resize_image
 from pathsegdiff.diffusion.bundle import Bundle, load_bundle
 from pathsegdiff.errors import BundleError, DataError, RunError
@@ -87,13 +87,22 @@ def predict_files(
 
     Raises:
         RunError: If the bundle is another one.
-        DataError: If an image cannot be read, or two have the same stem.
+        DataError: If an image cannot be read, two have the same stem, or a mask that is no
+            prediction would be overwritten.
     """
     predictor = Predictor(run, bundle, batch_size=batch_size)
     stems = [path.stem for path in images]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
         raise DataError(f"two images are called {twice!r}; predict them into different folders")
+    for stem in stems:
+        # Beside images, STEM_mask.png is what people call their own annotations; ours are pairs.
+        mask = out / f"{stem}_mask.png"
+        if mask.exists() and not (out / f"{stem}_overlay.png").exists():
+            raise DataError(
+                f"{shown(mask)} exists and is no earlier prediction (there is no "
+                f"{shown(stem)}_overlay.png beside it); choose another --out"
+            )
     out.mkdir(parents=True, exist_ok=True)
     scheme = run.config.card.scheme
     background = background_class(scheme.names)
