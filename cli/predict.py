@@ -46,7 +46,7 @@ def predict(
     run = load_run(run_path, resolve_device(device))
     bundle = bundle_of_run(run, model)
     quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
-    with Progress("predict", "images", quiet=quiet) as progress:
+    with Progress("predict", "windows", quiet=quiet) as progress:
         found = predict_files(
             run, bundle, images, out, mpp=mpp, batch_size=batch_size, progress=progress
         )

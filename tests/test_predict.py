@@ -82,7 +82,9 @@ def test_a_large_image_is_segmented_the_same_twice_and_without_gaps(place):
     _, bundle, _, run = place
     image = np.random.default_rng(1).integers(0, 256, (700, 900, 3), dtype=np.uint8)
     predictor = Predictor(run, bundle)
-    first = predictor.probabilities(image, "large")
+    windows = []
+    first = predictor.probabilities(image, "large", advance=lambda: windows.append(1))
+    assert len(windows) == predictor.count_windows((700, 900)) > 1
     np.testing.assert_array_equal(first, predictor.probabilities(image, "large"))
     np.testing.assert_allclose(first.sum(axis=0), 1.0, atol=1e-4)
 

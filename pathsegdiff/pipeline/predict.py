@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from pathsegdiff.data.image import read_image, shown
+from pathsegdiff.data.image import image_size, read_image, shown
 from pathsegdiff.data.regions import check_mpp, resize_image
 from pathsegdiff.diffusion.bundle import Bundle, load_bundle
 from pathsegdiff.errors import BundleError, DataError, RunError
@@ -84,6 +84,7 @@ def predict_files(
         run: Trained head; its device is used.
         bundle: The one that its features came from.
         mpp: Micrometres per pixel of these images; None: as the data set's own images.
+        progress: Called with (windows done, windows of all images).
 
     Raises:
         RunError: If the bundle is another one.
@@ -103,13 +104,22 @@ def predict_files(
                 f"{shown(mask)} exists and is no earlier prediction (there is no "
                 f"{shown(stem)}_overlay.png beside it); choose another --out"
             )
+    total = sum(predictor.count_windows(image_size(path), mpp=mpp) for path in images)
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
     out.mkdir(parents=True, exist_ok=True)
     scheme = run.config.card.scheme
     background = background_class(scheme.names)
     written = []
-    for number, path in enumerate(images):
+    for path in images:
         image = read_image(path)
-        label = predictor.labels(image, path.stem, mpp=mpp)
+        label = predictor.labels(image, path.stem, mpp=mpp, advance=advance)
         mask, drawn = out / f"{path.stem}_mask.png", out / f"{path.stem}_overlay.png"
         save_mask(mask, label, scheme.colours)
         picture = overlay(image, label, scheme.colours[: scheme.num_classes], background=background)
@@ -117,8 +127,6 @@ def predict_files(
         counts = np.bincount(label.ravel(), minlength=scheme.num_classes)
         shares = {n: float(c / label.size) for n, c in zip(scheme.names, counts, strict=False)}
         written.append(Prediction(image=path, mask=mask, overlay=drawn, class_shares=shares))
-        if progress is not None:
-            progress(number + 1, len(images))
     return written
 
 
@@ -155,12 +163,34 @@ class Predictor:
             batch_size=batch_size,
         )
 
-    def labels(self, image: np.ndarray, name: str, *, mpp: float | None = None) -> np.ndarray:
+    def count_windows(self, size: tuple[int, int], *, mpp: float | None = None) -> int:
+        """Windows that an image of (height, width) is cut into."""
+        rule = self.card.rule
+        counts = [
+            len(window_starts(length + -length % rule.patch_px, rule.region_px, rule.patch_px))
+            for length in region_size(size, self.card, mpp)
+        ]
+        return counts[0] * counts[1]
+
+    def labels(
+        self,
+        image: np.ndarray,
+        name: str,
+        *,
+        mpp: float | None = None,
+        advance: Callable[[], None] = lambda: None,
+    ) -> np.ndarray:
         """(H0, W0) uint8 class ids of an RGB image (H0, W0, 3)."""
-        return self.probabilities(image, name, mpp=mpp).argmax(axis=0).astype(np.uint8)
+        found = self.probabilities(image, name, mpp=mpp, advance=advance)
+        return found.argmax(axis=0).astype(np.uint8)
 
     def probabilities(
-        self, image: np.ndarray, name: str, *, mpp: float | None = None
+        self,
+        image: np.ndarray,
+        name: str,
+        *,
+        mpp: float | None = None,
+        advance: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
         """(K, H0, W0) float32 class probabilities; don't care is never among them.
 
@@ -169,6 +199,7 @@ class Predictor:
             name: Keys the noise, as a sample's id does: an image of the data set under its own id
                 gets the features that its store holds.
             mpp: Micrometres per pixel of the image; None: as the data set's own images.
+            advance: Called after each window.
         """
         height, width = image.shape[:2]
         size = region_size((height, width), self.card, mpp)
@@ -198,6 +229,7 @@ class Predictor:
             rows, columns = slice(top, top + len(window)), slice(left, left + window.shape[1])
             total[:, rows, columns] += found * weight
             weights[rows, columns] += weight
+            advance()
         assert total is not None
         total /= weights
         total = total[:, : size[0], : size[1]]
