@@ -350,7 +350,7 @@ def test_a_store_that_no_sample_can_mend_says_to_delete_it(tmp_path, name):
     ("field", "remedy"),
     [
         ("dataset_sha256", r"Use the manifest and --mpp that it was made with, or another --out"),
-        ("model_sha256", "Use the bundle that it was made with as --model, or another --out"),
+        ("model_sha256", "Use --model with the bundle that it was made with, or another --out"),
     ],
 )
 def test_no_hash_is_offered_as_an_option(tmp_path, field, remedy):

@@ -43,7 +43,7 @@ _OPTIONS = {
     "tokens": "--tokens",
 }
 _SAME = {
-    "model_sha256": "the bundle that it was made with as --model",
+    "model_sha256": "--model with the bundle that it was made with",
     "dataset_sha256": "the manifest and --mpp that it was made with",
 }
 
