@@ -1,0 +1,61 @@
+"""Shards made in one pass are what zarr's own writer makes."""
+
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from pathsegdiff.features.shards import encode_shard
+
+
+def make_array(folder, shape, chunk, dtype):
+    return zarr.create_array(
+        str(folder / "a.zarr"),
+        shape=(2, *shape),
+        chunks=(1, *chunk),
+        shards=(1, *shape),
+        dtype=dtype,
+        compressors=[Crc32cCodec()],
+        config={"write_empty_chunks": True},
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk", "dtype"),
+    [
+        ((12, 8, 8), (4, 8, 8), "float16"),
+        ((6, 4, 4), (6, 4, 4), "float32"),
+        ((5, 2, 2), (1, 2, 2), "float16"),
+    ],
+)
+def test_the_bytes_are_those_of_zarrs_writer(tmp_path, shape, chunk, dtype):
+    array = make_array(tmp_path, shape, chunk, dtype)
+    values = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    values[0] = 0  # a chunk of zeros is a chunk like any
+    array[1] = values
+    written = (tmp_path / "a.zarr" / "c" / "1" / "0" / "0" / "0").read_bytes()
+    assert bytes(encode_shard(values, chunk)) == written
+
+
+@pytest.mark.parametrize("chunk", [(4, 8, 8), (4, 4, 4), (12, 16, 4)])
+def test_zarr_reads_chunks_of_several_patches(tmp_path, chunk):
+    """zarr writes these in Morton order, we in C order: the index says where each is."""
+    array = make_array(tmp_path, (12, 16, 16), chunk, "float16")
+    values = np.random.default_rng(0).normal(size=(12, 16, 16)).astype(np.float16)
+    array[1] = 0
+    (tmp_path / "a.zarr" / "c" / "1" / "0" / "0" / "0").write_bytes(encode_shard(values, chunk))
+    np.testing.assert_array_equal(array[1], values)
+    np.testing.assert_array_equal(array[1, 3:9, 2:13, 5:6], values[3:9, 2:13, 5:6])
+
+
+def test_a_strided_view_is_written_as_its_values(tmp_path):
+    array = make_array(tmp_path, (4, 4, 4), (2, 4, 4), "float16")
+    values = np.arange(128, dtype=np.float16).reshape(4, 4, 8)[..., ::2]
+    array[1] = 0
+    (tmp_path / "a.zarr" / "c" / "1" / "0" / "0" / "0").write_bytes(encode_shard(values, (2, 4, 4)))
+    np.testing.assert_array_equal(array[1], values)
+
+
+def test_chunks_that_do_not_tile_are_refused():
+    with pytest.raises(ValueError, match="do not tile"):
+        encode_shard(np.zeros((4, 4, 4), np.float16), (3, 4, 4))
