@@ -55,7 +55,9 @@ def evaluate(
         found = evaluate_run(run, store, split=split, out=out, progress=progress)
     for note in found.notes:
         click.echo(f"note: {note}")
-    click.echo(f"{found.part}, {found.samples} images, pooled, with 95 % intervals over images:")
+    unit = found.interval_unit
+    scored = f"{found.samples} {'images' if unit == 'images' else 'windows'}"
+    click.echo(f"{found.part}, {scored}, pooled, with 95 % intervals over {unit}:")
     for name, shown in (("accuracy", "accuracy"), ("dice", "Dice"), ("miou", "mIoU"), ("f1", "F1")):
         interval = found.intervals[name]
         value = getattr(found.scores, name)

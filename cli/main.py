@@ -110,6 +110,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except PathSegDiffError as error:
         return _fail(" ".join(str(error).split("\n")))
+    except MemoryError:
+        return _fail(_OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+            raise
+        return _fail(_OUT_OF_MEMORY)
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise
@@ -117,6 +123,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{_USER_ERRNOS[error.errno]}{where}; everything finished so far is kept")
 
 
+_OUT_OF_MEMORY = (
+    "out of memory; use a smaller --batch-size (train-head: a smaller --crop too). "
+    "Everything finished so far is kept"
+)
 _USER_ERRNOS = {
     errno.ENOSPC: "no space left on the disk; make room and run the same command again",
     errno.EDQUOT: "the disk quota is used up; make room and run the same command again",

@@ -52,8 +52,8 @@ class Recipe:
 
     Attributes:
         model_sha256: Content hash of the model bundle (weights, schedule, scale, conditioning).
-        dataset_sha256: Hash of the manifest's content: rows, label scheme and region rule. The
-            decoded pixels of each sample are hashed in its completion mark.
+        dataset_sha256: Hash of what makes regions and labels from files: label codes, resolution
+            and region rule. The decoded pixels of each sample are hashed in its completion mark.
         timestep: t of the forward process, 0-based.
         conditioning: "encoder", or "none" for the null condition.
         taps: In tap order.

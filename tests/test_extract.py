@@ -107,6 +107,23 @@ def test_splits_extracted_one_after_the_other_give_the_same_samples(bundle, mani
             assert first.tobytes() == second.tobytes()
 
 
+def test_a_store_grows_with_its_data_set_and_a_renamed_class_changes_nothing(
+    bundle, manifest, tmp_path
+):
+    rows = manifest.with_suffix(".csv").read_text()
+    manifest.with_suffix(".csv").write_text(
+        "\n".join(rows.splitlines()[:2] + rows.splitlines()[3:])
+    )
+    assert extract(manifest, bundle, tmp_path / "s.zarr").written == 2
+    manifest.with_suffix(".csv").write_text(rows)
+    manifest.write_text(manifest.read_text().replace('"disc"', '"gland"'))
+    result = extract(manifest, bundle, tmp_path / "s.zarr")
+    assert (result.written, result.skipped) == (1, 2)
+    manifest.write_text(manifest.read_text().replace("codes = [0]", "codes = [0, 7]"))
+    with pytest.raises(StoreError, match="made with dataset_sha256"):
+        extract(manifest, bundle, tmp_path / "s.zarr")
+
+
 def test_several_timesteps_and_conditions_get_a_store_each(bundle, manifest, tmp_path):
     views = list(iterate_views([50, 100], ["encoder", "none"]))
     dataset = open_dataset(manifest, splits=["test"])

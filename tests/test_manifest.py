@@ -491,19 +491,23 @@ def test_the_hash_ignores_place_container_and_title(glas, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new"),
+    ("file", "old", "new", "changes"),
     [
-        ("toml", "region_px = 64", "region_px = 128"),
-        ("toml", '"gland"', '"Gland"'),
-        ("csv", "train_1,", "train_01,"),
-        ("csv", ",train,", ",testB,"),
+        ("toml", "region_px = 64", "region_px = 128", True),
+        ("toml", '"positive"', "[1, 2, 3, 4, 5, 6, 7, 8, 9]", True),
+        ("toml", '"gland"', '"Gland"', False),
+        ("csv", "train_1,", "train_01,", False),
+        ("csv", ",train,", ",testB,", False),
     ],
 )
-def test_the_hash_changes_with_what_decides_labels_and_regions(glas, file, old, new):
+def test_the_hash_changes_with_what_decides_labels_and_regions_and_not_with_rows(
+    glas, file, old, new, changes
+):
     before = open_dataset(glas).sha256
     path = glas.with_suffix(f".{file}")
+    assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1 if file == "csv" else -1))
-    assert open_dataset(glas).sha256 != before
+    assert (open_dataset(glas).sha256 != before) is changes
 
 
 # --- bad manifests

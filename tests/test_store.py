@@ -155,6 +155,20 @@ def test_a_second_extraction_appends_and_keeps_what_is_there(tmp_path):
     np.testing.assert_array_equal(after.read_level(after.samples()[1], "stride_8"), features)
 
 
+def test_a_sample_that_changed_its_split_is_listed_in_the_new_one(tmp_path):
+    from dataclasses import replace
+
+    path = Path(build_store(tmp_path / "s.zarr", train=2, test=1).path)
+    first, second = make_samples(2, 0)
+    with open_writer(path) as writer:
+        moved = writer.register([first, replace(second, split="test", group="other")])
+    assert [sample.index for sample in moved] == [0, 1]
+    store = FeatureStore.open(path)
+    assert [sample.sample_id for sample in store.samples("test")] == ["train_1", "test_0"]
+    assert store.samples("test")[0].group == "other"
+    assert store.label(store.samples("test")[0]).shape == (64, 64)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

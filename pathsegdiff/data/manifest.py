@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -180,11 +180,28 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash over the manifest's content and the region rule (``Recipe.dataset_sha256``).
+        """Hash of what makes regions and labels from files (``Recipe.dataset_sha256``).
 
-        The same whichever splits are opened, and wherever the files lie.
+        The name, the codes of each class, the resolution and the region rule. Not the rows: a store
+        grows with its data set, and holds the pixels of each sample against the sample's own mark.
+        Nor where the files lie, their containers, titles, class names and colours.
         """
-        return content_hash({"manifest": self.manifest.sha256, "rule": self.rule.to_dict()})
+        scheme = self.scheme
+        names = [entry.name for entry in scheme.classes]
+        identity: dict[str, Any] = {
+            "name": self.name,
+            "codes": [entry.codes for entry in scheme.classes],
+            "dont_care": None if scheme.dont_care is None else scheme.dont_care.codes,
+            "objects": None if scheme.objects is None else names.index(scheme.objects),
+            "mpp": self.manifest.mpp,
+            "rule": self.rule.to_dict(),
+        }
+        if self.rule.kind == "window":
+            # Windows of the training split are cropped at random, others in the middle.
+            train = self.manifest.default_train
+            rows = self.manifest.sources
+            identity["train"] = sorted(row.source_id for row in rows if row.split == train)
+        return content_hash(identity)
 
     def split_samples(self, split: str) -> tuple[Sample, ...]:
         """The samples of one split."""

@@ -13,12 +13,10 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pathsegdiff
-from pathsegdiff.config import content_hash
 from pathsegdiff.data.image import IMAGE_SUFFIXES, MAX_PIXELS, shown
 from pathsegdiff.data.labels import LabelScheme
 from pathsegdiff.data.regions import RegionRule, check_mpp
@@ -110,24 +108,6 @@ class Manifest:
     sources: tuple[Source, ...]
     path: Path
     root: Path | None
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of what decides labels and regions: rows, hashes, codes, resolution.
-
-        Where the files lie, their containers, titles and colours do not enter.
-        """
-        scheme = self.scheme.to_dict()
-        for entry in (*scheme["classes"], scheme["dont_care"]):
-            if entry is not None:
-                del entry["colour"]
-        rows = [
-            [row.source_id, row.split, row.group, row.image_sha256, row.mask_sha256]
-            for row in self.sources
-        ]
-        return content_hash(
-            {"rows": rows, "scheme": scheme, "mpp": self.mpp, "train": self.default_train}
-        )
 
 
 def list_manifests() -> list[str]:

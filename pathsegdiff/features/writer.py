@@ -136,17 +136,20 @@ class StoreWriter:
     def register(self, samples: Sequence[StoredSample]) -> list[StoredSample]:
         """Give each sample its index; known ones keep theirs, new ones are appended.
 
+        Split, group and further columns of a known one become those of the manifest as it is now.
+
         Args:
             samples: Their ``index`` is not looked at.
 
         Returns:
             The same samples as the store knows them.
         """
-        new = [sample for sample in samples if sample.sample_id not in self._by_id]
-        if new:
-            table = list(self.store.registered())
-            for sample in new:
-                table.append(StoredSample.from_dict(len(table), sample.to_dict()))
+        table = list(self.store.registered())
+        for sample in samples:
+            known = self._by_id.get(sample.sample_id)
+            index = len(table) if known is None else known.index
+            table[index : index + 1] = [StoredSample.from_dict(index, sample.to_dict())]
+        if table != list(self.store.registered()):
             # Arrays first: rows without a name are harmless, a name without a row is not.
             for name in array_shapes(
                 self.store.levels, self.store.tokens_level, self.store.card.rule, self.store.model

@@ -74,6 +74,7 @@ class Evaluation:
         samples: How many were scored.
         scores: Pooled pixel metrics.
         intervals: Of them.
+        interval_unit: What the bootstrap draws: "images", or "source images" of windows.
         objects: Contest metrics, or None where the data set counts no objects.
         min_area_px: Smallest predicted object that was kept.
         notes: What a reader has to know.
@@ -84,6 +85,7 @@ class Evaluation:
     samples: int
     scores: PixelScores
     intervals: dict[str, Interval]
+    interval_unit: str
     objects: SplitObjects | None
     min_area_px: int | None
     notes: tuple[str, ...]
@@ -213,6 +215,7 @@ def evaluate_run(
         samples=len(samples),
         scores=pooled,
         intervals=intervals,
+        interval_unit=unit,
         objects=split_objects,
         min_area_px=min_area,
         notes=tuple(notes),
