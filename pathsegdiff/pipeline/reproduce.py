@@ -36,8 +36,8 @@ _BUNDLE_HELP = (
     "get configs/*-project.yaml and checkpoints/last.ckpt of the SSL-guided LDM (BRCA, 20x) from "
     "Google Drive folder 1kZ69wVEHV3k3Zr1hgS3kftz9cfNb9BxA, and HIPT's vit256_small_dino.pth from "
     "github.com/mahmoodlab/HIPT (git LFS), then: psd models import --ldm last.ckpt "
-    "--config project.yaml --encoder vit256_small_dino.pth --out models/ssl-ldm-brca; and give "
-    "MODEL=models/ssl-ldm-brca"
+    "--config project.yaml --encoder vit256_small_dino.pth --out models/ssl-ldm-brca, and: "
+    "make reproduce-table2 MODEL=models/ssl-ldm-brca"
 )
 
 
@@ -62,11 +62,11 @@ def missing_for_table2(model: str, data_root: Path | None) -> list[str]:
     try:
         load_bundle(model)
     except BundleError as error:
-        missing.append(f"model bundle {model}: {error}; {_BUNDLE_HELP}")
+        missing.append(f"model bundle {model} ({error}): {_BUNDLE_HELP}")
     try:
         open_dataset("bcss", data_root=data_root)
     except DataError as error:
-        missing.append(f"data set bcss: {error}; `psd data show bcss` says where to get it")
+        missing.append(str(error))
     return missing
 
 
