@@ -14,7 +14,7 @@ from pathsegdiff.config import ALL_TAPS, Recipe
 from pathsegdiff.errors import StoreError
 from pathsegdiff.features.layout import TapSpec, plan_levels
 from pathsegdiff.features.store import FeatureStore
-from pathsegdiff.features.verify import verify_store
+from pathsegdiff.features.verify import verify_sample, verify_store
 from pathsegdiff.features.writer import writable
 from tests.helpers_store import (
     GLANDS,
@@ -240,6 +240,17 @@ def test_a_flipped_byte_is_an_error_when_read_and_named_by_verify(tmp_path):
     assert [(f.sample.sample_id, f.problem) for f in findings] == [
         ("test_0", "stride_4/c/2/0/0/0 has another checksum")
     ]
+
+
+def test_verify_through_dask_finds_what_a_plain_loop_finds(tmp_path):
+    path = Path(build_store(tmp_path / "s.zarr", train=5, test=3).path)
+    for index, level in ((0, "stride_4"), (3, "stride_32"), (7, "stride_8")):
+        file = path / level / "c" / str(index) / "0" / "0" / "0"
+        file.write_bytes(file.read_bytes()[:-1])
+    store = FeatureStore.open(path)
+    plain = [finding for sample in store.samples() for finding in verify_sample(store, sample)]
+    assert verify_store(store) == plain
+    assert [finding.sample.index for finding in plain] == [0, 3, 7]
 
 
 def test_a_truncated_file_is_an_error(tmp_path):
