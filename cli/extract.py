@@ -149,9 +149,15 @@ def _parse_timesteps(text: str) -> tuple[int, ...]:
 def _stores(
     views: "tuple[View, ...]", out: Path | None, dataset: str, model: str
 ) -> "dict[View, Path]":
+    from pathsegdiff.errors import StoreError
     from pathsegdiff.features.extract import store_name
 
     if out is not None and len(views) == 1:
         return {views[0]: out}
+    if out is not None and (out / "zarr.json").exists():
+        raise StoreError(
+            f"{out} is one store, but {len(views)} timesteps and conditions need one each; "
+            "give a folder as --out"
+        )
     folder = Path("features") if out is None else out
     return {view: folder / store_name(dataset, model, view) for view in views}

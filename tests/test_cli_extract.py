@@ -123,6 +123,13 @@ def test_a_store_of_other_settings_is_refused_with_the_way_out(place, capsys):
     )
 
 
+def test_several_stores_do_not_go_into_one(place, capsys):
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    code, _, err = psd(capsys, *EXTRACT, "--out", "s.zarr", "--t", "50,100")
+    assert code == 1
+    assert "s.zarr is one store, but 2 timesteps and conditions need one each" in err
+
+
 def test_cache_info_verify_repair_and_export(place, capsys):
     psd(capsys, *EXTRACT, "--out", "s.zarr")
     code, out, _ = psd(capsys, "cache", "info", "s.zarr")

@@ -19,7 +19,7 @@ import torch
 from pathsegdiff.config import Recipe
 from pathsegdiff.data.manifest import Dataset, Region, Sample
 from pathsegdiff.diffusion.bundle import Bundle
-from pathsegdiff.errors import ConfigError, DataError, StoreError
+from pathsegdiff.errors import DataError, StoreError
 from pathsegdiff.features.stage_one import PreparedRegion, RegionFeatures, StageOne, View
 from pathsegdiff.features.store import DatasetCard, StoredSample, sample_bytes
 from pathsegdiff.features.writer import SampleArrays, StoreWriter
@@ -339,16 +339,3 @@ def _check_unchanged(
                     f"{writer.store.path}: the {kind} of sample {stored.sample_id} has changed "
                     "since it was extracted; put the old one back, or choose another --out"
                 )
-
-
-def check_views(stores: Mapping[View, Path]) -> None:
-    """Refuse two views that would share a store.
-
-    Raises:
-        ConfigError: If two paths are the same.
-    """
-    paths = [Path(path) for path in stores.values()]
-    if len(set(paths)) != len(paths):
-        raise ConfigError(
-            f"several timesteps or conditions need a folder, not one --out {paths[0]}"
-        )
