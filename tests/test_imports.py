@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 #: A package may import the ones before it, and itself.
 ORDER = (
     "errors",
+    "files",
     "config",
     "grid",
     "device",

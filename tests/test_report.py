@@ -23,7 +23,6 @@ from pathsegdiff.evaluation.report import (
     metrics_json,
     per_image_csv,
     render_report,
-    write_atomically,
     write_report,
 )
 
@@ -266,17 +265,3 @@ def test_per_image_csv_keeps_all_columns_and_leaves_missing_cells_empty(tmp_path
         {"sample_id": 'a,"b"', "dice": "0.123457", "tp": "3", "extra": ""},
         {"sample_id": "c", "dice": "", "tp": "", "extra": "inf"},
     ]
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.json"
-    write_atomically(path, b"old")
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(report.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]

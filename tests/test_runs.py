@@ -15,7 +15,6 @@ from pathsegdiff.segmentation.runs import (
     newest_run,
     newest_store,
     read_config,
-    replace_file,
 )
 from pathsegdiff.segmentation.sampling import CropRequest, RegionReader
 from tests.helpers_head import train_small
@@ -196,17 +195,3 @@ def test_the_newest_complete_store_is_found(tmp_path):
     (tmp_path / "junk.zarr").mkdir()
     (tmp_path / "junk.zarr" / "zarr.json").write_text("{}")
     assert newest_store(tmp_path) == tmp_path / "b.zarr"
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    file = tmp_path / "head"
-    file.write_text("old")
-
-    def fail(path):
-        path.write_text("half")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        replace_file(file, fail)
-    assert file.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["head"]

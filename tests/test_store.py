@@ -270,6 +270,17 @@ def test_a_damaged_mark_is_named(tmp_path):
         store.image(store.samples()[0])
 
 
+@pytest.mark.parametrize("name", ["stride_8", "label", "image", "embedding"])
+def test_a_mark_that_forgets_an_array_is_named_by_verify(tmp_path, name):
+    path = damaged(tmp_path)
+    file = path / "marks" / "00000001.json"
+    mark = json.loads(file.read_text())
+    mark["files"] = {key: value for key, value in mark["files"].items() if name not in key}
+    file.write_text(json.dumps(mark))
+    problems = [finding.problem for finding in verify_store(FeatureStore.open(path))]
+    assert problems == [f"the mark does not list {name}"]
+
+
 def test_a_whole_store_verifies(store):
     assert verify_store(store) == []
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from pathsegdiff import files
 from pathsegdiff.errors import DataError
 
 #: Refuse larger images before decoding: half a gigapixel (23,170 px square) is 1.6 GB as RGB.
@@ -149,8 +150,7 @@ def file_sha256(path: Path) -> str:
         DataError: If it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return files.file_sha256(path)
     except OSError as error:
         raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
 

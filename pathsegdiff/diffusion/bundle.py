@@ -10,7 +10,6 @@ Weights keep on disk the dtype that they came with and are computed in whatever 
 for. A bundle is written under another name and renamed when it is whole.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -44,6 +43,7 @@ from pathsegdiff.diffusion.schedule import NoiseSchedule
 from pathsegdiff.diffusion.taps import TapSpec, plan_taps
 from pathsegdiff.diffusion.unet import build_unet
 from pathsegdiff.errors import BundleError, ConfigError
+from pathsegdiff.files import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -659,12 +659,6 @@ def read_json(file: Path) -> Any:
         raise BundleError(f"{file} is missing") from None
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is not valid JSON: {error!s:.120}") from None
-
-
-def file_sha256(file: Path) -> str:
-    """64 hex digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def new_provenance(**entries: str) -> dict[str, str]:

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -29,6 +28,7 @@ from pathsegdiff.evaluation.confusion import (
 from pathsegdiff.evaluation.intervals import Interval
 from pathsegdiff.evaluation.objects import ImageObjects, SplitObjects
 from pathsegdiff.evaluation.overlays import Colour
+from pathsegdiff.files import replace_file
 
 # All embedded panels together; a mail server takes 20 MB, and base64 adds a third.
 PANEL_BUDGET_BYTES = 9_000_000
@@ -51,20 +51,6 @@ OBJECT_HEADLINE = (
 
 
 # --- files ---------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def image_row(
@@ -112,7 +98,7 @@ def per_image_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     writer.writerow(columns)
     for row in rows:
         writer.writerow([_cell(row.get(column)) for column in columns])
-    write_atomically(path, stream.getvalue().encode())
+    _write(path, stream.getvalue())
 
 
 def _cell(value: object) -> object:
@@ -171,7 +157,7 @@ def metrics_json(
         limits = {name: one.to_dict() for name, one in (object_intervals or {}).items()}
         document["objects"] = {**objects.to_dict(), "intervals": limits}
     safe = json_safe(document)
-    write_atomically(path, (json.dumps(safe, indent=1, allow_nan=False) + "\n").encode())
+    _write(path, json.dumps(safe, indent=1, allow_nan=False) + "\n")
     return safe
 
 
@@ -215,7 +201,12 @@ def write_report(path: Path, content: ReportContent) -> None:
             f"{len(content.names)} names and {len(content.colours)} colours "
             f"for {content.scores.num_classes} classes"
         )
-    write_atomically(path, render_report(content).encode())
+    _write(path, render_report(content))
+
+
+def _write(path: Path, text: str) -> None:
+    content = text.encode()  # the line ends of a CSV as they are
+    replace_file(path, lambda file: file.write_bytes(content))
 
 
 def render_report(content: ReportContent) -> str:

@@ -537,6 +537,11 @@ def mark_key(index: int) -> str:
     return f"marks/{index:08d}.json"
 
 
+def row_key(name: str, index: int, dimensions: int) -> str:
+    """Where the one file of a sample's row of an array lies."""
+    return "/".join([name, "c", str(index), *("0" for _ in range(dimensions))])
+
+
 def sample_bytes(levels: dict[str, Level], patches_per_side: int, dtype: str) -> int:
     """Bytes of one sample's features before any compression."""
     cells = (level.channels * level.cells_per_patch**2 for level in levels.values())

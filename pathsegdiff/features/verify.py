@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import dask
 
 from pathsegdiff.errors import StoreError
-from pathsegdiff.features.store import FeatureStore, StoredSample
+from pathsegdiff.features.store import FeatureStore, StoredSample, array_shapes, row_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,11 @@ def verify_sample(store: FeatureStore, sample: StoredSample) -> list[Finding]:
         files = store.read_mark(sample)["files"]
     except StoreError as error:
         return [Finding(sample=sample, problem=str(error))]
-    expected = {level: f"{level}/c/{sample.index}/0/0/0" for level in store.levels}
+    shapes = array_shapes(store.levels, store.tokens_level, store.card.rule, store.model)
     findings = [
-        Finding(sample=sample, problem=f"the mark does not list {level}")
-        for level, key in expected.items()
-        if key not in files
+        Finding(sample=sample, problem=f"the mark does not list {name}")
+        for name, (shape, _) in shapes.items()
+        if row_key(name, sample.index, len(shape)) not in files
     ]
     for key, (size, checksum) in files.items():
         content = store.get(key)

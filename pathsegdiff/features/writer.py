@@ -30,6 +30,7 @@ from pathsegdiff.features.store import (
     array_shapes,
     mark_key,
     open_group,
+    row_key,
 )
 
 #: How to ask for what an existing store was made with.
@@ -110,10 +111,10 @@ class StoreWriter:
         try:
             if not (path / "zarr.json").exists():
                 _create(path, recipe, card, model, levels, tokens, provenance)
-            existing = FeatureStore.open(path)
-            check_recipe(existing, recipe)
-            existing.check_arrays()
-            return cls(path, open_group(path, "r+"), lock)
+            writer = cls(path, open_group(path, "r+"), lock)
+            check_recipe(writer.store, recipe)
+            writer.store.check_arrays()
+            return writer
         except BaseException:
             lock.release()
             raise
@@ -228,11 +229,11 @@ class StoreWriter:
     ) -> tuple[str, bytearray]:
         """Key and bytes of one row of a level."""
         chunk = self._row(name, sample, features).chunks
-        return _row_key(name, sample.index, features.ndim), encode_shard(features, chunk[1:])
+        return row_key(name, sample.index, features.ndim), encode_shard(features, chunk[1:])
 
     def _write_row(self, name: str, sample: StoredSample, values: np.ndarray) -> str:
         self._row(name, sample, values)[sample.index] = values
-        return _row_key(name, sample.index, values.ndim)
+        return row_key(name, sample.index, values.ndim)
 
     def _write_instances(self, sample: StoredSample, instances: np.ndarray) -> list[str]:
         name = f"instances/{sample.index}"
@@ -297,11 +298,6 @@ def _all_finite(values: np.ndarray) -> bool:
         return bool(np.isfinite(values).all())
     # numpy widens half floats first; looking at the exponent's bits is several times faster.
     return not ((values.view(np.uint16) & 0x7C00) == 0x7C00).any()
-
-
-def _row_key(name: str, index: int, dimensions: int) -> str:
-    """Where the one file of a row lies."""
-    return "/".join([name, "c", str(index), *("0" for _ in range(dimensions))])
 
 
 def _create(

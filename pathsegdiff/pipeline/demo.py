@@ -14,6 +14,7 @@ from pathsegdiff.evaluation.intervals import Interval
 from pathsegdiff.features.extract import ProgressCallback, extract_dataset, store_name
 from pathsegdiff.features.stage_one import StageOne, View
 from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.files import replace_file
 from pathsegdiff.segmentation.evaluate import REPORT_FILE, evaluate_run
 from pathsegdiff.segmentation.runs import load_run
 from pathsegdiff.segmentation.train import Progress, plan_settings, train_head
@@ -98,7 +99,7 @@ def run_demo(
     evaluation = evaluate_run(load_run(run_path, place), store)
     seconds["evaluate"] = time.perf_counter() - begin
     report = out / "report.html"
-    shutil.copyfile(evaluation.path / REPORT_FILE, report)
+    replace_file(report, lambda file: shutil.copyfile(evaluation.path / REPORT_FILE, file))
     return DemoResult(
         store=store_path,
         run=run_path,

@@ -22,6 +22,7 @@ from pathsegdiff.errors import BundleError, DataError, RunError
 from pathsegdiff.evaluation.overlays import background_class, overlay
 from pathsegdiff.features.stage_one import StageOne, View
 from pathsegdiff.features.store import DatasetCard
+from pathsegdiff.files import replace_file
 from pathsegdiff.segmentation.runs import Run
 from pathsegdiff.segmentation.sampling import grid_batch
 
@@ -329,9 +330,7 @@ def save_mask(path: Path, label: np.ndarray, colours: Sequence[tuple[int, int, i
 
 
 def _save_png(path: Path, image: Image.Image) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    replace_file(path, lambda file: image.save(file, format="PNG"))
 
 
 def _tent(height: int, width: int) -> np.ndarray:

@@ -39,6 +39,7 @@ from pathsegdiff.evaluation.report import (
     write_report,
 )
 from pathsegdiff.features.store import FeatureStore, StoredSample
+from pathsegdiff.files import replace_file
 from pathsegdiff.provenance import provenance
 from pathsegdiff.segmentation.losses import predict_labels
 from pathsegdiff.segmentation.runs import (
@@ -47,7 +48,6 @@ from pathsegdiff.segmentation.runs import (
     Run,
     check_fits,
     random_weights_note,
-    replace_file,
 )
 from pathsegdiff.segmentation.sampling import RegionReader
 from pathsegdiff.segmentation.train import device_name, region_logits

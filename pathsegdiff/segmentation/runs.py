@@ -8,8 +8,6 @@ RUN/config.json        every setting, the samples of each part, the store's reci
 """
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import save
 from pathsegdiff.config import Recipe
 from pathsegdiff.errors import PathSegDiffError, RunError
 from pathsegdiff.features.store import DatasetCard, FeatureStore
+from pathsegdiff.files import replace_file
 from pathsegdiff.segmentation.head import FCNHead, HeadLevel
 
 CONFIG_FILE = "config.json"
@@ -340,19 +339,6 @@ def save_head(path: Path, head: FCNHead, metadata: dict[str, str]) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     content = save(tensors, {"format": "pt", **metadata})
     replace_file(path, lambda file: file.write_bytes(content))
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file beside ``path``, then put it in its place in one move."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        write(beside)
-        # The content must be on the disk before the name points at it.
-        with beside.open("rb") as handle:
-            os.fsync(handle.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _read_head(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -30,6 +30,7 @@ from pathsegdiff.config import content_hash, order_taps
 from pathsegdiff.errors import RunError
 from pathsegdiff.evaluation.confusion import confusion_matrix, scores
 from pathsegdiff.features.store import FeatureStore, StoredSample
+from pathsegdiff.files import replace_file
 from pathsegdiff.provenance import provenance
 from pathsegdiff.segmentation.head import FCNHead, FeatureBatch
 from pathsegdiff.segmentation.losses import (
@@ -50,7 +51,6 @@ from pathsegdiff.segmentation.runs import (
     build_head,
     random_weights_note,
     read_config,
-    replace_file,
     save_head,
     write_json,
 )

@@ -1,0 +1,39 @@
+"""Files are replaced whole or not at all."""
+
+import pytest
+
+from pathsegdiff import files
+from pathsegdiff.files import replace_file
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    file = tmp_path / "head"
+    file.write_text("old")
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        replace_file(file, fail)
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    replace_file(path, lambda file: file.write_bytes(b"old"))
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, lambda file: file.write_bytes(b"new"))
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_the_folder_is_made(tmp_path):
+    replace_file(tmp_path / "a" / "b" / "file", lambda file: file.write_text("there"))
+    assert (tmp_path / "a" / "b" / "file").read_text() == "there"
