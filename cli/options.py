@@ -54,3 +54,14 @@ def precision_option(command: Command) -> Command:
         show_default=True,
         help="What the networks compute in; auto: float32 on a CPU, bfloat16 on a GPU.",
     )(command)
+
+
+def limit_option(command: Command) -> Command:
+    """``--limit-images``: the few-label experiment."""
+    return click.option(
+        "--limit-images",
+        "limit",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Train on N images only, drawn by the seed; the validation part stays the same.",
+    )(command)

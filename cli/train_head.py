@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cli.options import PATH, device_option, precision_option, seed_option
+from cli.options import PATH, device_option, limit_option, precision_option, seed_option
 
 
 @click.command("train-head")
@@ -26,6 +26,7 @@ from cli.options import PATH, device_option, precision_option, seed_option
     metavar="K",
     help="Hold out fold K of the data set for `psd eval`, train on the other folds.",
 )
+@limit_option
 @click.option("--out", type=PATH, help="Run to make or continue [default: runs/STORE-SETTINGS].")
 @click.option(
     "--epochs", type=click.IntRange(1), help="Passes over the training part [default: 40]."
@@ -78,6 +79,7 @@ def train_head(
     split: str | None,
     val: str,
     fold: int | None,
+    limit: int | None,
     out: Path | None,
     epochs: int | None,
     steps: int | None,
@@ -124,6 +126,7 @@ def train_head(
         split=split,
         val=val,
         fold=fold,
+        limit=limit,
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,

@@ -46,13 +46,23 @@ def test_the_same_command_again_says_that_it_has_finished(folder, capsys):
 def test_options_reach_the_training(folder):
     options = ["--lr", "0.01", "--crop", "32", "--augment", "flips", "--seed", "3", "--val", "0"]
     more = ["--taps", "up_08,up_05", "--schedule", "cosine", "--normalize", "none"]
-    precision = ["--precision", "bfloat16", "--device", "cpu", "--split", "train"]
+    precision = [
+        "--precision",
+        "bfloat16",
+        "--device",
+        "cpu",
+        "--split",
+        "train",
+        "--limit-images",
+        "2",
+    ]
     assert run(["train-head", *SHORT, *options, *more, *precision, "--out", "runs/x"]) == 0
     settings = json.loads((folder / "runs" / "x" / "config.json").read_text())["settings"]
     assert settings == {
         "split": "train",
         "val": "0",
         "fold": None,
+        "limit": 2,
         "epochs": None,
         "steps": 3,
         "batch_size": 2,

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,17 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from pathsegdiff.data.regions import RegionRule
 from pathsegdiff.errors import RunError, StoreError
-from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.features.store import FeatureStore, StoredSample
 from pathsegdiff.segmentation.passes import channel_statistics, class_pixel_counts
 from pathsegdiff.segmentation.sampling import head_levels
-from pathsegdiff.segmentation.splits import choose_parts, validation_groups
+from pathsegdiff.segmentation.splits import (
+    choose_parts,
+    limited,
+    source_ids,
+    validation_groups,
+)
 from pathsegdiff.segmentation.train import default_run_name, plan_settings, train_head
 from tests.helpers_head import same, state, train_small
 from tests.helpers_store import (
@@ -172,6 +179,46 @@ def test_parts_that_cannot_be_are_refused(store, settings, message):
         choose_parts(store, **{"split": None, "val": "0.2", "fold": None, "seed": 0, **settings})
 
 
+def test_a_limit_takes_the_same_first_images_whatever_the_number(store):
+    def divided(limit, seed=0):
+        return choose_parts(store, split=None, val="0.25", fold=None, seed=seed, limit=limit)
+
+    def ids(part):
+        return {sample.sample_id for sample in part.train}
+
+    everything = divided(None)
+    parts = [divided(limit) for limit in range(1, 7)]
+    for count, part in enumerate(parts, 1):
+        assert len(part.train) == count
+        assert part.val == everything.val
+        assert ids(part) <= ids(parts[min(count, 5)])
+    assert parts[-1] == everything
+    assert len({frozenset(ids(divided(2, seed))) for seed in range(8)}) > 2
+
+
+def test_a_limit_above_what_is_there_takes_all_and_says_so(store, caplog):
+    part = choose_parts(store, split=None, val="0.25", fold=None, seed=0, limit=7)
+    assert part == choose_parts(store, split=None, val="0.25", fold=None, seed=0)
+    assert "--limit-images 7: the training part has 6 images, and all of them" in caplog.text
+
+
+def test_a_limit_counts_images_not_their_windows(store):
+    card = replace(
+        store.card, rule=RegionRule(kind="window", region_px=64, patch_px=32, window_px=70)
+    )
+    windows = [
+        StoredSample(
+            sample_id=f"{name}_r{row}c0", index=0, split="train", group=name, source_px=(140, 70)
+        )
+        for name in ("slide_a", "slide_b_r1", "slide_c")
+        for row in range(3)
+    ]
+    kept = limited(windows, card, 2, 0)
+    assert len(kept) == 6
+    assert len({sample.group for sample in kept}) == 2
+    assert source_ids(windows[3:4], card) == ["slide_b_r1"]
+
+
 # -- settings --
 
 
@@ -193,6 +240,7 @@ def test_a_store_decides_split_crop_taps_and_width(store, tmp_path):
         ({"epochs": 2, "steps": 3}, "--epochs or --steps, not both"),
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"limit": 0}, "--limit-images must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "--lr must be a number above 0, got 0.0"),
         ({"learning_rate": float("nan")}, "--lr must be a number above 0, got nan"),
         ({"head_width": 10}, "--head-width must be a multiple of 4, got 10"),
@@ -211,6 +259,7 @@ def test_the_default_name_says_what_is_not_the_default(store):
     assert default_run_name(store, plan_settings(store)) == "shapes"
     changed = plan_settings(store, fold=1, learning_rate=3e-4, crop_px=32, taps=("up_05",), seed=7)
     assert default_run_name(store, changed) == "shapes-fold-1-crop-32-lr-0.0003-taps-up_05-seed-7"
+    assert default_run_name(store, plan_settings(store, limit=5)) == "shapes-limit-5"
     names = {
         default_run_name(store, plan_settings(store, taps=taps))
         for taps in (store.tap_names[:4], store.tap_names[:5], store.tap_names[1:5])
@@ -429,6 +478,7 @@ def test_a_finished_run_is_left_alone(store, finished):
         ({"epochs": 5}, r"was trained with epochs 4, this run asks for 5"),
         ({"crop_px": None}, r"was trained with crop_px 32, this run asks for none"),
         ({"seed": 3}, r"was trained with seed 0, this run asks for 3"),
+        ({"limit": 2}, r"was trained with limit none, this run asks for 2"),
         ({"taps": ("up_05",)}, r"was trained with taps middle,up_00,.*asks for up_05"),
         ({"augment": "flips", "batch_size": 3}, r"augment none, .* flips \(batch_size too\)"),
     ],

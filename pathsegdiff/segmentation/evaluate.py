@@ -7,7 +7,6 @@ the largest one decides, and connected components of the object class are the pr
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +49,7 @@ from pathsegdiff.segmentation.runs import (
     random_weights_note,
 )
 from pathsegdiff.segmentation.sampling import RegionReader
+from pathsegdiff.segmentation.splits import source_ids
 from pathsegdiff.segmentation.train import device_name, region_logits
 
 METRICS_FILE = "metrics.json"
@@ -361,8 +361,7 @@ def _interval_groups(
     """What the bootstrap draws: images, or the source images that windows are cut from."""
     if store.card.rule.kind != "window":
         return None, "images"
-    # A window's id is its source's and its place, SOURCE_rROWcCOLUMN.
-    sources = [re.sub(r"_r\d+c\d+$", "", sample.sample_id) for sample in samples]
+    sources = source_ids(samples, store.card)
     return (sources, "source images") if len(set(sources)) > 1 else (None, "windows")
 
 

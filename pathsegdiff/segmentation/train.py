@@ -103,6 +103,7 @@ class TrainSettings:
         split: Trained on; None with a fold: every split.
         val: A fraction of the training groups, or a split; "0" for no validation.
         fold: Held out, or None.
+        limit: Training images that are used, or None for all.
         epochs: Passes over the training part; None where ``steps`` is given.
         steps: Of the optimiser, or None.
         batch_size: Crops per step.
@@ -120,6 +121,7 @@ class TrainSettings:
     split: str | None
     val: str = "0.2"
     fold: int | None = None
+    limit: int | None = None
     epochs: int | None = DEFAULT_EPOCHS
     steps: int | None = None
     batch_size: int = DEFAULT_BATCH_SIZE
@@ -141,6 +143,7 @@ class TrainSettings:
             ("--epochs", self.epochs),
             ("--steps", self.steps),
             ("--batch-size", self.batch_size),
+            ("--limit-images", self.limit),
         ):
             if value is not None and value < 1:
                 raise RunError(f"{option} must be at least 1, got {value}")
@@ -305,7 +308,12 @@ def train_head(
     """
     device = torch.device(device)
     parts = choose_parts(
-        store, split=settings.split, val=settings.val, fold=settings.fold, seed=settings.seed
+        store,
+        split=settings.split,
+        val=settings.val,
+        fold=settings.fold,
+        seed=settings.seed,
+        limit=settings.limit,
     )
     with _only_trainer(out):
         known = (out / CONFIG_FILE).exists()
