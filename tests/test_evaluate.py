@@ -9,8 +9,9 @@ from PIL import Image
 
 from pathsegdiff.errors import RunError, StoreError
 from pathsegdiff.features.store import FeatureStore
-from pathsegdiff.segmentation.evaluate import evaluate_run, object_mask
+from pathsegdiff.segmentation.evaluate import evaluate_run
 from pathsegdiff.segmentation.runs import load_run
+from pathsegdiff.segmentation.scoring import object_mask
 from tests.helpers_head import train_small
 from tests.helpers_store import (
     GLANDS,

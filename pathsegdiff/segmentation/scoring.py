@@ -1,0 +1,352 @@
+"""Scores of predictions from any source, and the files that say them.
+
+Pixels are scored on the region grid. Objects, where the data set counts them, are scored at the
+source's own size: class probabilities are resized bilinearly to it, the largest one decides, and
+connected components of the object class are the predicted objects.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from pathsegdiff.evaluation.confusion import PixelScores, confusion_matrix, image_means, scores
+from pathsegdiff.evaluation.intervals import Interval, object_intervals, pixel_intervals
+from pathsegdiff.evaluation.objects import (
+    ImageObjects,
+    SplitObjects,
+    choose_min_area,
+    image_object_scores,
+    object_sums,
+    objects_from_mask,
+    pool_objects,
+)
+from pathsegdiff.evaluation.overlays import background_class, panel
+from pathsegdiff.evaluation.report import (
+    ReportContent,
+    image_row,
+    metrics_json,
+    per_image_csv,
+    write_report,
+)
+from pathsegdiff.features.store import DatasetCard, StoredSample
+from pathsegdiff.files import replace_file
+from pathsegdiff.segmentation.splits import source_ids
+
+METRICS_FILE = "metrics.json"
+PER_IMAGE_FILE = "per_image.csv"
+REPORT_FILE = "report.html"
+OVERLAYS_FOLDER = "overlays"
+#: Without validation images there is nothing to choose the smallest object on: keep every one.
+_MIN_AREA_UNCHOSEN = 0
+#: Intervals from a handful of images mean little, and a reader must know.
+_FEW_IMAGES = 10
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found and where it lies.
+
+    Attributes:
+        path: The folder.
+        part: Its name: a split, or "foldN".
+        samples: How many were scored.
+        scores: Pooled pixel metrics.
+        intervals: Of them.
+        interval_unit: What the bootstrap draws: "images", or "source images" of windows.
+        objects: Contest metrics, or None where the data set counts no objects.
+        min_area_px: Smallest predicted object that was kept.
+        notes: What a reader has to know.
+    """
+
+    path: Path
+    part: str
+    samples: int
+    scores: PixelScores
+    intervals: dict[str, Interval]
+    interval_unit: str
+    objects: SplitObjects | None
+    min_area_px: int | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One region, segmented.
+
+    Attributes:
+        sample: Which one.
+        target: (H, W) uint8 class ids; an id of K or more is not counted.
+        labels: (H, W) uint8 predicted class ids, never don't care.
+        probabilities: (K, H, W) float32.
+    """
+
+    sample: StoredSample
+    target: np.ndarray
+    labels: np.ndarray
+    probabilities: torch.Tensor
+
+
+class Segmenter(Protocol):
+    """Where predictions come from: a head and its store, or a network and its images."""
+
+    def predictions(self, samples: Sequence[StoredSample]) -> Iterator[Prediction]:
+        """Segment regions, in their order."""
+
+    def image(self, sample: StoredSample) -> np.ndarray:
+        """(H, W, 3) uint8 RGB region; asked for right after its prediction."""
+
+    def instances(self, sample: StoredSample) -> np.ndarray:
+        """(H0, W0) integer objects at the source's own size; asked for as ``image`` is."""
+
+
+def score_samples(
+    segmenter: Segmenter,
+    card: DatasetCard,
+    out: Path,
+    *,
+    part: str,
+    samples: Sequence[StoredSample],
+    validation: Sequence[StoredSample],
+    subtitle: str,
+    notes: Sequence[str],
+    curves: Path,
+    provenance: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score a part and write metrics.json, per_image.csv, overlays/ and report.html.
+
+    Args:
+        segmenter: Predicts.
+        card: The data set.
+        out: Folder to write.
+        part: Name of what is scored.
+        samples: Of it, at least one.
+        validation: The smallest predicted object that is kept is chosen on these; only where the
+            data set counts objects.
+        subtitle: Of the report, behind the number of images.
+        notes: What a reader has to know; what is found here is added.
+        curves: PNG of the training curves, if it is there.
+        provenance: Further entries of metrics.json's.
+        progress: Called with (done, total, what).
+    """
+    scheme = card.scheme
+    notes = list(notes)
+    min_area = None
+    validation = validation if scheme.objects is not None else ()
+    if scheme.objects is not None:
+        min_area = _choose_min_area(segmenter, card, validation, len(samples), progress)
+        if not validation:
+            notes.append("no validation images: every object is kept, however small")
+
+    background = background_class(scheme.names)
+    confusions, rows, objects, panels = [], [], [], {}
+    for number, found in enumerate(segmenter.predictions(samples)):
+        sample = found.sample
+        confusion = confusion_matrix(found.target, found.labels, scheme.num_classes)
+        confusions.append(confusion)
+        scored = None
+        if min_area is not None:
+            scored = _score_objects(segmenter, card, found, min_area)
+            objects.append(scored)
+        row = image_row(
+            sample.sample_id,
+            confusion,
+            scheme.names,
+            scored,
+            split=sample.split,
+            group=sample.group,
+        )
+        rows.append(row)
+        file = out / OVERLAYS_FOLDER / f"{sample.sample_id}.png"
+        picture = panel(
+            segmenter.image(sample),
+            found.target,
+            found.labels,
+            names=scheme.names,
+            colours=scheme.colours,
+            background=background,
+            title=sample.sample_id,
+            caption=_caption(row),
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _save_png(file, picture)
+        panels[sample.sample_id] = file
+        if progress is not None:
+            progress(len(validation) + number + 1, len(validation) + len(samples), part)
+
+    stacked = np.stack(confusions)
+    pooled = scores(stacked.sum(axis=0))
+    if pooled.absent:
+        names = ", ".join(scheme.names[k] for k in pooled.absent)
+        notes.append(f"left out of the means, as neither labelled nor predicted: {names}")
+    groups, unit = _interval_groups(card, samples)
+    intervals = pixel_intervals(stacked, groups=groups)
+    split_objects = pool_objects(objects) if objects else None
+    limits = object_intervals(object_sums(objects), groups=groups) if objects else {}
+    described = {
+        "split": part,
+        "images": len(samples),
+        "interval_unit": unit,
+        "min_area_px": min_area,
+        **provenance,
+    }
+    metrics_json(
+        out / METRICS_FILE,
+        names=scheme.names,
+        confusions=stacked,
+        intervals=intervals,
+        images=rows,
+        objects=split_objects,
+        object_intervals=limits,
+        notes=notes,
+        provenance=described,
+    )
+    per_image_csv(out / PER_IMAGE_FILE, rows)
+    write_report(
+        out / REPORT_FILE,
+        ReportContent(
+            title=f"{card.title}: {part}",
+            subtitle=f"{len(samples)} images, {subtitle}",
+            names=scheme.names,
+            colours=scheme.colours,
+            scores=pooled,
+            notes=notes,
+            intervals=intervals,
+            interval_unit=unit,
+            objects=split_objects,
+            object_intervals=limits,
+            image_means=image_means(stacked),
+            images=rows,
+            panels=panels,
+            curves=curves if curves.is_file() else None,
+            provenance=described,
+        ),
+    )
+    return Evaluation(
+        path=out,
+        part=part,
+        samples=len(samples),
+        scores=pooled,
+        intervals=intervals,
+        interval_unit=unit,
+        objects=split_objects,
+        min_area_px=min_area,
+        notes=tuple(notes),
+    )
+
+
+def object_mask(probabilities: torch.Tensor, size: tuple[int, int], object_id: int) -> np.ndarray:
+    """Where the object class has the largest probability at the source's own size.
+
+    Args:
+        probabilities: (K, H, W) of the region.
+        size: (H0, W0) of the source.
+        object_id: Class of the objects.
+
+    Returns:
+        (H0, W0) bool.
+    """
+    resized = F.interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)
+    return (resized[0].argmax(dim=0) == object_id).cpu().numpy()
+
+
+def shared_notes(
+    part: str,
+    samples: Sequence[StoredSample],
+    roles: Mapping[str, Sequence[str]],
+    known: Sequence[StoredSample],
+) -> Iterator[str]:
+    """What scored samples have to do with the training, where it makes numbers look better.
+
+    Args:
+        part: Name of what is scored.
+        samples: Of it.
+        roles: Sample ids of "train" and "val".
+        known: Samples whose groups are known, those of the training among them.
+    """
+    for role, verb in (("train", "trained on"), ("val", "chosen on")):
+        ids = set(roles[role])
+        shared = sum(sample.sample_id in ids for sample in samples)
+        if shared:
+            yield f"{shared} of {len(samples)} images of {part} are among those it was {verb}"
+    group_of = {sample.sample_id: sample.group for sample in known}
+    seen = {group_of[name] for name in roles["train"] if name in group_of}
+    groups = {sample.group for sample in samples}
+    if groups & seen:
+        yield (
+            f"{len(groups & seen)} of the {len(groups)} groups (patients, cases) of {part} are in "
+            "the training part too: a fold by group (--fold) says more about new ones"
+        )
+
+
+def few_note(samples: Sequence[StoredSample]) -> Iterator[str]:
+    """A note where intervals mean little."""
+    if len(samples) < _FEW_IMAGES:
+        yield f"{len(samples)} images: the intervals are rough"
+
+
+def _object_id(card: DatasetCard) -> int:
+    assert card.scheme.objects is not None
+    return card.scheme.names.index(card.scheme.objects)
+
+
+def _score_objects(
+    segmenter: Segmenter, card: DatasetCard, found: Prediction, min_area: int
+) -> ImageObjects:
+    target = segmenter.instances(found.sample)
+    height, width = target.shape
+    mask = object_mask(found.probabilities, (height, width), _object_id(card))
+    return image_object_scores(target, objects_from_mask(mask, min_area))
+
+
+def _choose_min_area(
+    segmenter: Segmenter,
+    card: DatasetCard,
+    samples: Sequence[StoredSample],
+    evaluated: int,
+    progress: Progress | None,
+) -> int:
+    """The smallest object to keep, chosen on validation images."""
+    if not samples:
+        return _MIN_AREA_UNCHOSEN
+    masks, targets = [], []
+    for number, found in enumerate(segmenter.predictions(samples)):
+        target = segmenter.instances(found.sample)
+        height, width = target.shape
+        masks.append(object_mask(found.probabilities, (height, width), _object_id(card)))
+        targets.append(target)
+        if progress is not None:
+            progress(number + 1, len(samples) + evaluated, "validation: smallest object")
+    return choose_min_area(masks, targets)
+
+
+def _interval_groups(
+    card: DatasetCard, samples: Sequence[StoredSample]
+) -> tuple[list[str] | None, str]:
+    """What the bootstrap draws: images, or the source images that windows are cut from."""
+    if card.rule.kind != "window":
+        return None, "images"
+    sources = source_ids(samples, card)
+    return (sources, "source images") if len(set(sources)) > 1 else (None, "windows")
+
+
+def _caption(row: dict[str, object]) -> str:
+    parts = [("Dice", row["dice"]), ("mIoU", row["miou"]), ("object F1", row.get("object_f1"))]
+    return ", ".join(
+        f"{name} {value:.3f}"
+        for name, value in parts
+        if isinstance(value, float) and not math.isnan(value)
+    )
+
+
+def _save_png(path: Path, picture: np.ndarray) -> None:
+    replace_file(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
