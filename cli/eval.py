@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from cli.options import PATH, device_option
+from cli.results import show_evaluation
 
 
 @click.command("eval")
@@ -53,17 +54,4 @@ def evaluate(
     quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
     with Progress("eval", "images", quiet=quiet) as progress:
         found = evaluate_run(run, store, split=split, out=out, progress=progress)
-    for note in found.notes:
-        click.echo(f"note: {note}")
-    unit = found.interval_unit
-    scored = f"{found.samples} {'images' if unit == 'images' else 'windows'}"
-    click.echo(f"{found.part}, {scored}, pooled, with 95 % intervals over {unit}:")
-    for name, shown in (("accuracy", "accuracy"), ("dice", "Dice"), ("miou", "mIoU"), ("f1", "F1")):
-        interval = found.intervals[name]
-        value = getattr(found.scores, name)
-        click.echo(f"  {shown:18} {value:.4f}  ({interval.low:.4f} to {interval.high:.4f})")
-    if found.objects is not None:
-        click.echo(f"  {'object F1':18} {found.objects.f1:.4f}")
-        click.echo(f"  {'object Dice':18} {found.objects.dice:.4f}")
-        click.echo(f"  {'object Hausdorff':18} {found.objects.hausdorff:.1f} px")
-    click.echo(f"report: {found.path / 'report.html'}")
+    show_evaluation(found)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 import click
 
 if TYPE_CHECKING:
-    from pathsegdiff.segmentation.train import TrainProgress
+    from pathsegdiff.segmentation.loop import TrainProgress
 
 #: Seconds between two plain lines where stderr is no terminal.
 _PLAIN_INTERVAL = 15.0
@@ -76,8 +76,8 @@ class Progress:
 class TrainingProgress(Progress):
     """Progress of a training: steps, loss, and the latest validation."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        super().__init__("train-head", "steps", quiet=quiet)
+    def __init__(self, label: str = "train-head", *, quiet: bool = False) -> None:
+        super().__init__(label, "steps", quiet=quiet)
         self._validated = ""
 
     def show(self, state: "TrainProgress") -> None:

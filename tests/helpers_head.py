@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from pathsegdiff.features.store import FeatureStore
-from pathsegdiff.segmentation.train import TrainResult, plan_settings, train_head
+from pathsegdiff.segmentation.loop import TrainResult
+from pathsegdiff.segmentation.train import plan_settings, train_head
 
 
 def train_small(store: FeatureStore, out: Path, **settings: object) -> TrainResult:

@@ -117,7 +117,7 @@ def test_bad_usage_is_exit_code_2(folder, options):
 
 
 def test_ctrl_c_is_130_and_the_run_goes_on_afterwards(folder, capsys, monkeypatch):
-    from pathsegdiff.segmentation import train
+    from pathsegdiff.segmentation import loop, train
 
     real = train._Training._train_step
 
@@ -129,7 +129,7 @@ def test_ctrl_c_is_130_and_the_run_goes_on_afterwards(folder, capsys, monkeypatc
     command = ["train-head", *SHORT, "--out", "runs/x"]
     with monkeypatch.context() as patch:
         patch.setattr(train._Training, "_train_step", interrupted)
-        patch.setattr(train, "_CHECKPOINT_SECONDS", -1.0)
+        patch.setattr(loop, "_CHECKPOINT_SECONDS", -1.0)
         assert run(command) == 130
     assert "Traceback" not in capsys.readouterr().err
     assert run(command) == 0

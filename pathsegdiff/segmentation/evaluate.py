@@ -13,6 +13,7 @@ import numpy as np
 from pathsegdiff.errors import RunError
 from pathsegdiff.features.store import FeatureStore, StoredSample
 from pathsegdiff.provenance import provenance
+from pathsegdiff.segmentation.loop import device_name
 from pathsegdiff.segmentation.losses import predict_labels
 from pathsegdiff.segmentation.runs import (
     CURVES_FILE,
@@ -31,7 +32,7 @@ from pathsegdiff.segmentation.scoring import (
     score_samples,
     shared_notes,
 )
-from pathsegdiff.segmentation.train import device_name, region_logits
+from pathsegdiff.segmentation.train import region_logits
 
 __all__ = ["REPORT_FILE", "Evaluation", "evaluate_run", "evaluated_samples"]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from pathsegdiff.features.store import FeatureStore, StoredSample
 from pathsegdiff.grid import patchwise_matrix
 from pathsegdiff.segmentation.head import GRID_STRIDE, FeatureBatch, HeadLevel
 
+Batch = TypeVar("Batch")
 #: Crops start and end on multiples of this, or of the coarsest stride where that is larger.
 CROP_STEP_PX = 32
 #: Batches that are read ahead of the one that is used.
@@ -289,14 +291,14 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
 
 
 def prefetch(
-    jobs: Iterable[Callable[[], FeatureBatch]], ahead: int = PREFETCH
-) -> Generator[FeatureBatch, None, None]:
+    jobs: Iterable[Callable[[], Batch]], ahead: int = PREFETCH
+) -> Generator[Batch, None, None]:
     """Run jobs in order on a thread of their own, up to ``ahead`` of the one that is used.
 
     An error of a job is raised where its batch would have been.
     """
     remaining = iter(jobs)
-    waiting: deque[Future[FeatureBatch]] = deque()
+    waiting: deque[Future[Batch]] = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="psd-loader")
     try:
         for job in remaining:
