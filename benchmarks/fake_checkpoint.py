@@ -164,7 +164,7 @@ def main() -> None:
     (arguments.out / "project.yaml").write_text(text, encoding="utf-8")
 
     # image_size 224: the published file's position table is that of its training
-    vit = PatchEncoder(EncoderConfig(image_size=224)).vit
+    vit = PatchEncoder(EncoderConfig(image_size=224)).network
     shapes = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
     teacher = random_tensors(shapes, generator, dtype)
     prefixed = {f"module.backbone.{name}": value for name, value in teacher.items()}

@@ -60,18 +60,19 @@ def show(model: str) -> None:
       psd models show tiny
     """
     from pathsegdiff.diffusion.bundle import load_bundle
+    from pathsegdiff.diffusion.encoder import read_encoder_config
 
     bundle = load_bundle(model)
     card = bundle.card
     schedule = card.schedule
-    encoder = bundle.configs["encoder"]
+    encoder = read_encoder_config(bundle.configs["encoder"], str(bundle.path))
     channels, height, width = card.latent_shape
     lines = {
         "title": card.title,
         "weights": "trained" if card.trained else "random weights",
         "licence": card.licence,
         "patch": f"{card.patch_px} px",
-        "encoder": f"ViT, {encoder['depth']} blocks, {encoder['embed_dim']} channels",
+        "encoder": encoder.summary,
         "context": f"{card.context_tokens} tokens" if card.context_tokens > 1 else "1 token",
         "latent": f"{channels} x {height} x {width} ({card.latent_kind}), "
         f"scale {card.latent_scale:g}",

@@ -244,7 +244,7 @@ def ldm_state(
 def encoder_state(table_side: int = 14) -> State:
     """Tensors of the encoder that ``ENCODER`` describes, by timm's names."""
     config = EncoderConfig.from_dict({**ENCODER, "image_size": 16 * table_side}, "test")
-    vit = PatchEncoder(config).vit
+    vit = PatchEncoder(config).network
     return random_state({k: tuple(v.shape) for k, v in vit.state_dict().items()}, seed=1)
 
 

@@ -73,7 +73,7 @@ def test_images_are_normalised_and_tokens_lie_in_rows(generator):
     embedding, tokens = encoder(images)
     mean = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
     std = torch.tensor([0.5, 0.6, 0.7]).view(1, 3, 1, 1)
-    sequence = encoder.vit.forward_features((images - mean) / std)
+    sequence = encoder.network.forward_features((images - mean) / std)
     torch.testing.assert_close(embedding, sequence[:, 0])
     assert tokens.shape == (2, 16, 16, 16)
     torch.testing.assert_close(tokens[:, :, 3, 5], sequence[:, 1 + 3 * 16 + 5])
@@ -81,7 +81,7 @@ def test_images_are_normalised_and_tokens_lie_in_rows(generator):
 
 def test_layer_norms_have_hipts_epsilon():
     with torch.device("meta"):
-        vit = PatchEncoder(EncoderConfig()).vit
+        vit = PatchEncoder(EncoderConfig()).network
     norms = [m for m in vit.modules() if isinstance(m, torch.nn.LayerNorm)]
     assert len(norms) == 25
     assert {norm.eps for norm in norms} == {1e-6}

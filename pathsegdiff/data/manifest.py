@@ -225,6 +225,13 @@ class Dataset:
             self._sizes[source.source_id] = image_size(self.image_path(source))
         return self._sizes[source.source_id]
 
+    def source_scale(self, source: Source) -> float:
+        """How much the pixels of a source are enlarged; where it is squeezed, the mean of both."""
+        if self.rule.kind == "resize":
+            height, width = self.source_size(source)
+            return self.rule.region_px / (height * width) ** 0.5
+        return region_scale(self.manifest, self.rule)
+
     def source_hashes(self, source: Source) -> tuple[str, str]:
         """``pixel_sha256`` of image and mask as they are now; the manifest is not asked.
 

@@ -3,7 +3,8 @@
     model.json      the card: what the model is, its settings, the sha256 of every other file
     unet/           config.json and weights, as diffusers saves a UNet2DConditionModel
     autoencoder/    likewise, a VQModel or an AutoencoderKL
-    encoder/        config.json (``EncoderConfig``) and model.safetensors (timm's key names)
+    encoder/        config.json (``EncoderConfig`` or ``ConvEncoderConfig``) and
+                    model.safetensors (timm's key names)
     conditioner/    config.json (arguments of ``Conditioner``) and model.safetensors
 
 Weights keep on disk the dtype that they came with and are computed in whatever ``load`` is asked
@@ -36,7 +37,7 @@ from pathsegdiff.diffusion.autoencoder import (
     latent_stride,
 )
 from pathsegdiff.diffusion.conditioning import Conditioner
-from pathsegdiff.diffusion.encoder import EncoderConfig, PatchEncoder
+from pathsegdiff.diffusion.encoder import build_encoder, read_encoder_config
 from pathsegdiff.diffusion.model import DiffusionModel
 from pathsegdiff.diffusion.presets import PRESETS, Preset, build_random
 from pathsegdiff.diffusion.schedule import NoiseSchedule
@@ -305,7 +306,7 @@ class Bundle:
             state = load_file(file, device=str(device))
         except (SafetensorError, OSError) as error:
             raise BundleError(f"{file} is not a safetensors file: {error}") from None
-        target = module.vit if isinstance(module, PatchEncoder) else module
+        target = weights_of(part, module)
         check_tensors(
             {name: tuple(value.shape) for name, value in target.state_dict().items()},
             {name: tuple(value.shape) for name, value in state.items()},
@@ -455,7 +456,7 @@ def _check_settings(bundle: Bundle) -> None:
     unet, autoencoder = configs["unet"], configs["autoencoder"]
     for part in ("unet", "autoencoder"):
         _check_diffusers_config(configs[part], str(folder / CONFIG_FILES[part]))
-    encoder = EncoderConfig.from_dict(configs["encoder"], str(folder / CONFIG_FILES["encoder"]))
+    encoder = read_encoder_config(configs["encoder"], str(folder / CONFIG_FILES["encoder"]))
     conditioner = _Fields(configs["conditioner"], str(folder / CONFIG_FILES["conditioner"]))
     taps = plan_taps(unet, card.latent_stride)
     check_taps(taps, str(folder))
@@ -522,9 +523,22 @@ def _check_diffusers_config(config: Any, where: str) -> None:
         fields.integer("latent_channels", 1, 256)
 
 
+def weights_of(part: str, module: nn.Module) -> nn.Module:
+    """The module whose state dict a bundle holds: of an encoder, timm's network."""
+    return module.network if part == "encoder" else module  # type: ignore[return-value]
+
+
+def part_state(part: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights of a part as a bundle holds them; counters stay integers."""
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in weights_of(part, module).state_dict().items()
+    }
+
+
 def build_part(part: str, config: dict[str, Any], where: str) -> nn.Module:
     if part == "encoder":
-        return PatchEncoder(EncoderConfig.from_dict(config, where))
+        return build_encoder(read_encoder_config(config, where))
     try:
         if part == "conditioner":
             return Conditioner(**config)
@@ -568,9 +582,7 @@ def init_bundle(preset: str, seed: int, out: Path, dtype: torch.dtype = torch.fl
     }
     with writing_bundle(out) as folder:
         for part, module in parts.items():
-            target = module.vit if isinstance(module, PatchEncoder) else module
-            state = {name: value.to(dtype) for name, value in target.state_dict().items()}
-            write_part(folder, part, configs[part], state)
+            write_part(folder, part, configs[part], part_state(part, module, dtype))
         write_card(folder, card)
     return load_bundle(out)
 

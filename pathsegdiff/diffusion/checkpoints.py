@@ -25,6 +25,7 @@ from pathsegdiff.diffusion.bundle import (
     load_bundle,
     new_provenance,
     read_json,
+    weights_of,
     write_card,
     write_part,
     writing_bundle,
@@ -39,7 +40,7 @@ from pathsegdiff.diffusion.compvis import (
     first_stage_shapes,
     unet_shapes,
 )
-from pathsegdiff.diffusion.encoder import EncoderConfig, PatchEncoder, resize_position_table
+from pathsegdiff.diffusion.encoder import EncoderConfig, resize_position_table
 from pathsegdiff.diffusion.presets import Preset
 from pathsegdiff.diffusion.project import LdmProject, read_project
 from pathsegdiff.diffusion.schedule import NoiseSchedule
@@ -531,7 +532,7 @@ _CONVERT = {
 def _expected_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         module = build_part(part, dict(config), f"{part} of the imported files")
-    target = module.vit if isinstance(module, PatchEncoder) else module
+    target = weights_of(part, module)
     return {name: tuple(value.shape) for name, value in target.state_dict().items()}
 
 

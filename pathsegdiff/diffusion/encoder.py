@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pathsegdiff.diffusion.conv_encoder import ConvEncoder, ConvEncoderConfig
 from pathsegdiff.diffusion.third_party import VisionTransformer
 from pathsegdiff.errors import BundleError
 
@@ -25,7 +26,7 @@ class EncoderConfig:
     """Shape of the encoder; the defaults are HIPT's ViT-S/16 (facts: 21,665,664 parameters).
 
     Attributes:
-        architecture: "vit" is the only one so far.
+        architecture: "vit"; ``ConvEncoderConfig`` has the other, "cnn".
         embed_dim: D.
         depth: Transformer blocks.
         num_heads: Attention heads of a block.
@@ -53,6 +54,16 @@ class EncoderConfig:
         """N: patch tokens along one side."""
         return self.image_size // self.patch_size
 
+    @property
+    def token_channels(self) -> int:
+        """Channels of a token."""
+        return self.embed_dim
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        return f"ViT, {self.depth} blocks, {self.embed_dim} channels"
+
     @classmethod
     def from_dict(cls, values: Any, where: str) -> "EncoderConfig":
         """Read and check what ``to_dict`` wrote, or what a user wrote by hand.
@@ -70,7 +81,7 @@ class EncoderConfig:
             )
         if values.get("architecture", "vit") != "vit":
             raise BundleError(
-                f"{where}: architecture must be 'vit', got {values['architecture']!r}"
+                f"{where}: architecture must be 'vit' or 'cnn', got {values['architecture']!r}"
             )
         for name, largest in _LARGEST.items():
             value = values.get(name, 1)
@@ -125,13 +136,10 @@ def _check_triple(values: Any, name: str, where: str) -> None:
 class PatchEncoder(nn.Module):
     """Images -> class token (the embedding) and patch tokens."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.vit = VisionTransformer(
+        self.network = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,
             num_classes=0,
@@ -156,11 +164,35 @@ class PatchEncoder(nn.Module):
         # new_tensor and not a buffer: these are settings, and no entry of a state dict
         mean = images.new_tensor(self.config.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.config.std).view(1, 3, 1, 1)
-        normalized = ((images - mean) / std).to(next(self.vit.parameters()).dtype)
-        tokens = self.vit.forward_features(normalized)
+        normalized = ((images - mean) / std).to(next(self.network.parameters()).dtype)
+        tokens = self.network.forward_features(normalized)
         grid = self.config.token_grid
         patches = tokens[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
         return tokens[:, 0], patches
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """The patch tokens as the one feature map: [(B, D, N, N)]."""
+        return [self(images)[1]]
+
+
+AnyEncoderConfig = EncoderConfig | ConvEncoderConfig
+AnyEncoder = PatchEncoder | ConvEncoder
+
+
+def read_encoder_config(values: Any, where: str) -> AnyEncoderConfig:
+    """Read and check an encoder's ``config.json``, whichever architecture it names.
+
+    Raises:
+        BundleError: If a value is unknown or cannot be; ``where`` names the file.
+    """
+    if isinstance(values, dict) and values.get("architecture") == "cnn":
+        return ConvEncoderConfig.from_dict(values, where)
+    return EncoderConfig.from_dict(values, where)
+
+
+def build_encoder(config: AnyEncoderConfig) -> AnyEncoder:
+    """Make the network that a config describes."""
+    return ConvEncoder(config) if isinstance(config, ConvEncoderConfig) else PatchEncoder(config)
 
 
 def resize_position_table(table: Tensor, token_grid: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pathsegdiff.config import order_taps
 from pathsegdiff.diffusion.autoencoder import encode
 from pathsegdiff.diffusion.conditioning import Conditioner
-from pathsegdiff.diffusion.encoder import PatchEncoder
+from pathsegdiff.diffusion.encoder import AnyEncoder
 from pathsegdiff.diffusion.schedule import NoiseSchedule, add_noise, check_timestep
 from pathsegdiff.diffusion.taps import TapSpec, capture_taps
 
@@ -34,6 +34,7 @@ class DiffusionModel(nn.Module):
         tap_specs: Every tap, in tap order.
         embed_dim: D.
         token_grid: N.
+        token_channels: Of a patch token; D for a transformer.
         schedule: The noise schedule.
         alphas_cumprod: (T,) float64 on the CPU; T is the number of timesteps.
     """
@@ -41,7 +42,7 @@ class DiffusionModel(nn.Module):
     def __init__(
         self,
         *,
-        encoder: PatchEncoder,
+        encoder: AnyEncoder,
         conditioner: Conditioner,
         autoencoder: nn.Module,
         unet: nn.Module,
@@ -63,6 +64,7 @@ class DiffusionModel(nn.Module):
         self.patch_px = patch_px
         self.embed_dim = encoder.config.embed_dim
         self.token_grid = encoder.config.token_grid
+        self.token_channels = encoder.config.token_channels
         # An attribute and no buffer: ``model.to(bfloat16)`` must not round it.
         self.alphas_cumprod = schedule.alphas_cumprod()
         self.requires_grad_(False).eval()
@@ -89,7 +91,7 @@ class DiffusionModel(nn.Module):
         return self.embed_with_tokens(images)[0]
 
     def patch_tokens(self, images: Tensor) -> Tensor:
-        """The encoder's patch tokens, (B, D, N, N) float32; see ``embed``."""
+        """The encoder's patch tokens, (B, token_channels, N, N) float32; see ``embed``."""
         return self.embed_with_tokens(images)[1]
 
     @torch.no_grad()

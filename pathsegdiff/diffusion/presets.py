@@ -14,7 +14,8 @@ from torch import nn
 from pathsegdiff.config import content_hash
 from pathsegdiff.diffusion.autoencoder import build_autoencoder, latent_channels, latent_stride
 from pathsegdiff.diffusion.conditioning import Conditioner
-from pathsegdiff.diffusion.encoder import EncoderConfig, PatchEncoder
+from pathsegdiff.diffusion.conv_encoder import ConvEncoderConfig
+from pathsegdiff.diffusion.encoder import AnyEncoderConfig, EncoderConfig, build_encoder
 from pathsegdiff.diffusion.schedule import NoiseSchedule
 from pathsegdiff.diffusion.unet import build_unet, unet_config
 
@@ -38,7 +39,7 @@ class Preset:
     name: str
     title: str
     head_width: int
-    encoder: EncoderConfig
+    encoder: AnyEncoderConfig
     conditioner: dict[str, Any]
     autoencoder: dict[str, Any]
     unet: dict[str, Any]
@@ -61,7 +62,7 @@ class Preset:
     def build(self) -> dict[str, nn.Module]:
         """The four networks with whatever weights the current random state gives."""
         return {
-            "encoder": PatchEncoder(self.encoder),
+            "encoder": build_encoder(self.encoder),
             "conditioner": Conditioner(**self.conditioner),
             "autoencoder": build_autoencoder(self.autoencoder),
             "unet": build_unet(self.unet),
@@ -108,12 +109,39 @@ def vq_config(
     }
 
 
+def kl_config(
+    *,
+    channels: tuple[int, ...],
+    layers_per_block: int,
+    latents: int,
+    norm_num_groups: int = 32,
+    middle_attention: bool = True,
+    scale: float = 0.18215,
+) -> dict[str, Any]:
+    """``config.json`` of an AutoencoderKL for 256 px patches."""
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "block_out_channels": list(channels),
+        "layers_per_block": layers_per_block,
+        "act_fn": "silu",
+        "latent_channels": latents,
+        "sample_size": 256,
+        "norm_num_groups": norm_num_groups,
+        "scaling_factor": scale,
+        "mid_block_add_attention": middle_attention,
+    }
+
+
 def _preset(
     name: str,
     title: str,
     *,
     head_width: int,
-    encoder: EncoderConfig,
+    encoder: AnyEncoderConfig,
     region_embed_dim: int,
     context_dim: int,
     autoencoder: dict[str, Any],
@@ -148,6 +176,7 @@ def _preset(
 
 #: An untrained small autoencoder's latents have a standard deviation of 0.2 on H&E. Left so, the
 #: noise at t = 50 (0.29) drowns them; LDM scales its latents to 1 (Rombach et al. 2022, app. G).
+#: Pre-training measures the scale of the autoencoder that it trained.
 _UNTRAINED_SCALE = 5.0
 
 PRESETS: dict[str, Preset] = {
@@ -165,20 +194,21 @@ PRESETS: dict[str, Preset] = {
         ),
         _preset(
             "tiny",
-            "The paper's structure for a laptop: UNet [32, 64, 96, 160], small VQ-f4, small ViT/16",
+            "The paper's structure for a laptop: UNet [64, 112, 128, 96], KL-f8, EfficientNet-Lite0",
             head_width=64,
-            encoder=EncoderConfig(embed_dim=192, depth=6, num_heads=3),
-            region_embed_dim=192,
+            encoder=ConvEncoderConfig(),
+            region_embed_dim=320,
             context_dim=64,
-            autoencoder=vq_config(
-                channels=(16, 32, 64),
+            autoencoder=kl_config(
+                channels=(16, 32, 64, 64),
                 layers_per_block=1,
-                codes=1024,
+                latents=16,
                 norm_num_groups=8,
-                middle_attention=False,  # attention over 64 x 64 cells costs more than the UNet
+                middle_attention=False,
                 scale=_UNTRAINED_SCALE,
             ),
-            unet_channels=(32, 64, 96, 160),
+            unet_channels=(64, 112, 128, 96),
+            unet_groups=16,
         ),
         _preset(
             "micro",

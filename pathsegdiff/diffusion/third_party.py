@@ -40,7 +40,25 @@ def _declare_operators_that_do_not_load() -> None:
 
 _declare_operators_that_do_not_load()
 
-from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    UNet2DConditionModel,
+    VQModel,
+)
+from diffusers.training_utils import EMAModel  # noqa: E402
+from timm import create_model, is_model  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
-__all__ = ["AutoencoderKL", "UNet2DConditionModel", "VQModel", "VisionTransformer"]
+__all__ = [
+    "AutoencoderKL",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EMAModel",
+    "UNet2DConditionModel",
+    "VQModel",
+    "VisionTransformer",
+    "create_model",
+    "is_model",
+]

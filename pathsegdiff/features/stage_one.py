@@ -242,7 +242,7 @@ def to_grid(tap: Tensor, cells: int) -> Tensor:
 def token_level(model: DiffusionModel) -> Level:
     """The level that holds the encoder's patch tokens."""
     stride = model.patch_px // model.token_grid
-    slices = (TapSlice(name="tokens", start=0, stop=model.embed_dim),)
+    slices = (TapSlice(name="tokens", start=0, stop=model.token_channels),)
     return Level(name="tokens", stride=stride, cells_per_patch=model.token_grid, taps=slices)
 
 

@@ -1,0 +1,1 @@
+"""Train the three parts of a bundle: autoencoder, patch encoder and latent diffusion model."""

@@ -1,0 +1,224 @@
+"""Training images: random crops of a pool, each a function of (seed, step, index) alone.
+
+Shapes: B = crops of a batch, S = crop_px.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pathsegdiff.data.image import IMAGE_SUFFIXES, image_size, read_image
+from pathsegdiff.data.manifest import open_dataset
+from pathsegdiff.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+#: Decoded pixels that are kept in memory; beyond that the images used last stay.
+_CACHE_BYTES = 6 << 30
+#: Crops are taken at the image's scale times a random factor within these.
+SCALE_JITTER = (0.85, 1.2)
+#: Separates the random draws that share a seed.
+_SPLIT_STREAM, _HELD_OUT_STREAM = 11, 12
+#: Held out: this share of the groups, but no more images than this many.
+_HELD_OUT_SHARE = 0.03
+#: Steps below 0 are draws beside the training (statistics); numpy wants no negative seeds.
+_FIRST_STEP = 1 << 20
+_MASK_SUFFIXES = ("_mask", "_anno", "_tumor", "_label", "_seg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolImage:
+    """One image that crops are taken from.
+
+    Attributes:
+        path: File.
+        scale: Enlarges its pixels to the resolution that the model is meant for.
+        group: Patient or case; an image of a folder is a group of its own.
+        size: (height, width) of the file.
+    """
+
+    path: Path
+    scale: float
+    group: str
+    size: tuple[int, int]
+
+    @property
+    def area(self) -> float:
+        """Pixels at the model's resolution."""
+        return self.size[0] * self.size[1] * self.scale**2
+
+
+class ImagePool:
+    """Images to train on, and a few groups that are held out.
+
+    Args:
+        images: All of them.
+        seed: Of the choice of what is held out.
+
+    Raises:
+        DataError: If there are fewer than two groups.
+    """
+
+    def __init__(self, images: Sequence[PoolImage], seed: int = 0) -> None:
+        groups = sorted({image.group for image in images})
+        if len(groups) < 2:
+            raise DataError(
+                f"pre-training needs images of two groups at least (one is held out), found "
+                f"{len(images)} images of {len(groups)}"
+            )
+        order = np.random.default_rng((seed, _SPLIT_STREAM)).permutation(len(groups))
+        count = max(1, round(_HELD_OUT_SHARE * len(groups)))
+        held_out = {groups[number] for number in order[:count]}
+        self.train = tuple(image for image in images if image.group not in held_out)
+        self.held_out = tuple(image for image in images if image.group in held_out)
+        self._seed = seed
+        areas = np.array([image.area for image in self.train])
+        self._shares = areas / areas.sum()
+        self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+
+    def batch(self, stream: int, step: int, count: int, crop_px: int) -> Tensor:
+        """Random training crops.
+
+        Args:
+            stream: Tells the trainings apart that share a seed.
+            step: Of the training.
+            count: B.
+            crop_px: S.
+
+        Returns:
+            (B, 3, S, S) uint8: random place, scale, mirror and quarter turn.
+        """
+        rng = np.random.default_rng((self._seed, stream, step + _FIRST_STEP))
+        chosen = rng.choice(len(self.train), size=count, p=self._shares)
+        return _stack([self._crop(self.train[int(i)], crop_px, rng) for i in chosen])
+
+    def held_out_batch(self, count: int, crop_px: int) -> Tensor:
+        """The same ``count`` crops of held-out images each time, (count, 3, S, S) uint8."""
+        rng = np.random.default_rng((self._seed, _HELD_OUT_STREAM))
+        order = rng.permutation(len(self.held_out))
+        chosen = [self.held_out[int(order[i % len(order)])] for i in range(count)]
+        return _stack([self._crop(image, crop_px, rng) for image in chosen])
+
+    def _crop(self, image: PoolImage, crop_px: int, rng: np.random.Generator) -> np.ndarray:
+        pixels = self._pixels(image.path)
+        factor, top, left = rng.uniform(*SCALE_JITTER), *rng.random(2)
+        turn, mirror = int(rng.integers(4)), bool(rng.integers(2))
+        height, width = pixels.shape[:2]
+        # A crop never reaches beyond its image: small ones are enlarged more.
+        side = min(crop_px / (image.scale * factor), height, width)
+        y, x = top * (height - side), left * (width - side)
+        # Cut first: Pillow's own ``box`` would convert the whole image each time.
+        y0, x0 = int(y), int(x)
+        y1, x1 = min(height, int(np.ceil(y + side))), min(width, int(np.ceil(x + side)))
+        window = Image.fromarray(pixels[y0:y1, x0:x1])
+        box = (x - x0, y - y0, min(x - x0 + side, x1 - x0), min(y - y0 + side, y1 - y0))
+        crop = np.asarray(window.resize((crop_px, crop_px), Image.Resampling.BICUBIC, box=box))
+        crop = np.rot90(crop, turn)
+        return crop[:, ::-1] if mirror else crop
+
+    def _pixels(self, path: Path) -> np.ndarray:
+        with self._lock:
+            if path in self._cache:
+                self._cache.move_to_end(path)
+                return self._cache[path]
+        pixels = read_image(path)
+        with self._lock:
+            if path not in self._cache:
+                self._cache[path] = pixels
+                self._cached_bytes += pixels.nbytes
+            while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
+                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return pixels
+
+
+def open_pool(sources: Sequence[str], *, data_root: Path | None = None, seed: int = 0) -> ImagePool:
+    """Find the training images.
+
+    Args:
+        sources: Each DIR, DIR@SCALE, or a manifest (a file, or a name). Of a folder, every image
+            in it and below, masks left out; SCALE enlarges its pixels. Of a manifest, the images
+            of its training split at the scale of its regions, grouped as it says.
+        data_root: Where the images of manifests lie.
+        seed: Of the choice of what is held out.
+
+    Raises:
+        DataError: If a source is nothing of these, or has no image.
+    """
+    images: list[PoolImage] = []
+    for source in sources:
+        path, scale = _split_scale(source)
+        if path.is_dir():
+            images += _of_folder(path, 1.0 if scale is None else scale)
+        else:
+            images += _of_manifest(str(path), data_root, scale)
+    pool = ImagePool(images, seed)
+    logger.info("%d images to train on, %d held out", len(pool.train), len(pool.held_out))
+    return pool
+
+
+def _split_scale(source: str) -> tuple[Path, float | None]:
+    name, at, number = source.rpartition("@")
+    if not at or Path(source).exists():
+        return Path(source), None
+    try:
+        scale = float(number)
+    except ValueError:
+        return Path(source), None
+    if not 1 / 16 <= scale <= 16:
+        raise DataError(f"{source}: a scale is between 1/16 and 16, got {number}")
+    return Path(name), scale
+
+
+def _of_folder(folder: Path, scale: float) -> list[PoolImage]:
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.stem.endswith(_MASK_SUFFIXES)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not files:
+        raise DataError(
+            f"{folder} has no image ({', '.join(IMAGE_SUFFIXES)}); give another --images"
+        )
+    return [
+        PoolImage(path=file, scale=scale, group=str(file), size=image_size(file)) for file in files
+    ]
+
+
+def _of_manifest(name: str, data_root: Path | None, scale: float | None) -> list[PoolImage]:
+    dataset = open_dataset(name, data_root=data_root)
+    split = dataset.manifest.default_train
+    images = {}
+    for sample in dataset.split_samples(split):
+        source = sample.source
+        size = dataset.source_size(source)
+        images[source.source_id] = PoolImage(
+            path=dataset.image_path(source),
+            scale=dataset.source_scale(source) if scale is None else scale,
+            group=f"{dataset.name}/{source.group}",
+            size=size,
+        )
+    if not images:
+        raise DataError(f"data set {dataset.name} has no images in its split {split}")
+    return list(images.values())
+
+
+def _stack(crops: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack([crop.transpose(2, 0, 1) for crop in crops]))
+
+
+def to_unit(images: Tensor, device: torch.device) -> Tensor:
+    """(B, 3, S, S) uint8 -> float32 in [0, 1] on a device, channels last."""
+    moved = images.to(device, non_blocking=True)
+    return moved.float().div_(255).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,450 @@
+"""One training loop for the three parts: resumable, with an average of the weights and a log.
+
+What a step does depends on the settings, the step's number and the state in the checkpoint alone,
+so that a training which was interrupted ends, on a CPU, with the weights of one that was not.
+Optimiser, schedule, clipping and mixed precision are PyTorch's, the average is diffusers'.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pathsegdiff.diffusion.third_party import EMAModel
+from pathsegdiff.errors import RunError
+from pathsegdiff.files import replace_file
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = "checkpoint.pt"
+LOG_FILE = "log.csv"
+SETTINGS_FILE = "settings.json"
+#: A step whose gradient is not finite is left out; this many in a row are an error.
+_MAX_SKIPPED = 20
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What decides the weights, beside the images and the part's own settings.
+
+    Attributes:
+        steps: Of the optimiser.
+        batch_size: Crops per step at the full crop size; smaller crops come in larger batches.
+        crops: (share of the steps, crop_px) in turn; the shares add up to 1.
+        learning_rate: Highest, of AdamW; a linear rise, then cosine to a hundredth.
+        warmup_steps: Of the rise.
+        weight_decay: Of AdamW.
+        clip_norm: Largest norm of the gradient.
+        ema_decay: Of the average of the weights, which is what is kept.
+        precision: Of the forward pass; weights are float32.
+        seed: Of initial weights, crops and noise.
+    """
+
+    steps: int
+    batch_size: int
+    crops: tuple[tuple[float, int], ...] = ((1.0, 256),)
+    learning_rate: float = 3e-4
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise RunError(f"steps and batch size must be at least 1, got {self.steps}, "
+                           f"{self.batch_size}")  # fmt: skip
+        if not 0 < self.learning_rate < 1:
+            raise RunError(f"the learning rate must be in (0, 1), got {self.learning_rate}")
+
+    def crop_px(self, step: int) -> int:
+        """Crop size of a step."""
+        passed = 0.0
+        for share, size in self.crops:
+            passed += share
+            if step < passed * self.steps - 1e-6:
+                return size
+        return self.crops[-1][1]
+
+    def batch_at(self, step: int) -> tuple[int, int]:
+        """(crops, crop_px) of a step: the same number of pixels throughout."""
+        size = self.crop_px(step)
+        return max(1, round(self.batch_size * (self.crops[-1][1] / size) ** 2)), size
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        share = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "crops": [list(crop) for crop in self.crops]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainProgress:
+    """Where a training stands, after each step.
+
+    Attributes:
+        part: "autoencoder", "encoder" or "ldm".
+        step, total_steps: Done, and of the whole.
+        figures: Averages since the last report.
+    """
+
+    part: str
+    step: int
+    total_steps: int
+    figures: Figures
+
+
+Progress = Callable[[PretrainProgress], None]
+
+
+class Part(ABC):
+    """What is trained: its networks, the loss of a step, and how it is looked at.
+
+    Attributes:
+        name: Of its folder.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """The networks with every trained parameter."""
+
+    @abstractmethod
+    def read(self, step: int, count: int, crop_px: int) -> Any:
+        """What the step needs from the disk; called ahead, on another thread."""
+
+    @abstractmethod
+    def loss(self, batch: Any, step: int) -> tuple[Tensor, Figures]:
+        """The loss of a step and what of it is logged; the forward pass runs under autocast."""
+
+    def after_step(self, step: int, total_steps: int) -> None:  # noqa: B027 (most need nothing)
+        """Called after the optimiser."""
+
+    @abstractmethod
+    def held_out(self) -> Figures:
+        """Figures on held-out images, with the averaged weights in place."""
+
+    @abstractmethod
+    def pictures(self, folder: Path, step: int) -> None:
+        """Draw what shows how far the training is, with the averaged weights in place."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Further tensors that belong into a checkpoint."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027
+        """Take back what ``extra_state`` gave."""
+
+
+class TrainingLoop:
+    """Trains one part in a folder of its own.
+
+    Args:
+        part: What is trained; on ``device``.
+        settings: Of the loop.
+        folder: Made where it is not there; continued where it holds the same training.
+        identity: Further settings that a continued training must share.
+        device: Of the networks.
+
+    Raises:
+        RunError: If the folder holds a training with other settings.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        settings: LoopSettings,
+        folder: Path,
+        identity: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.part, self.settings, self.folder, self.device = part, settings, folder, device
+        self.parameters = [p for p in part.trained.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=settings.weight_decay,
+            fused=device.type == "cuda",
+        )
+        self.ema = EMAModel(
+            self.parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75
+        )
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=settings.precision == "float16" and device.type == "cuda"
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.rows: list[Figures] = []
+        self._skipped = 0
+        self._sums: Figures = {}
+        self._counts: dict[str, int] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_identity({**settings.to_dict(), **identity})
+        if (folder / CHECKPOINT_FILE).exists():
+            self._load(folder / CHECKPOINT_FILE)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is done."""
+        return self.step >= self.settings.steps
+
+    def run(
+        self,
+        *,
+        progress: Progress | None = None,
+        report_every: int = 50,
+        look_every: int = 1000,
+        checkpoint_seconds: float = 300.0,
+        stop_at: float | None = None,
+    ) -> bool:
+        """Train to the end, or until it is time to stop.
+
+        Args:
+            report_every: Steps between rows of the log.
+            look_every: Steps between held-out figures and pictures; those of the end come always.
+            checkpoint_seconds: Between checkpoints.
+            stop_at: ``time.monotonic()`` after which no further step begins.
+
+        Returns:
+            Whether the training is finished.
+
+        Raises:
+            RunError: If the loss stays without a finite value.
+            KeyboardInterrupt: After Ctrl-C or SIGTERM, with a checkpoint of the last whole step.
+        """
+        if self.finished:
+            return True
+        began, before = time.monotonic(), self.seconds
+        saved = began
+        torch.manual_seed(self.settings.seed)
+        with _deferred_interrupt() as interrupted, _reader(self.part) as read:
+            while not self.finished:
+                self._train_step(read(self.step, self.settings))
+                self.seconds = before + time.monotonic() - began
+                last = self.finished
+                if self.step % report_every == 0 or last:
+                    self._report(look=self.step % look_every == 0 or last)
+                if progress is not None:
+                    progress(self._state())
+                now = time.monotonic()
+                out_of_time = stop_at is not None and now >= stop_at
+                if last or interrupted() or out_of_time or now - saved > checkpoint_seconds:
+                    self.save()
+                    saved = time.monotonic()
+                if interrupted():
+                    raise KeyboardInterrupt
+                if out_of_time:
+                    break
+        return self.finished
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights in place inside the block."""
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        training = self.part.trained.training
+        self.part.trained.eval()
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+            self.part.trained.train(training)
+
+    # -- one step --
+
+    def _train_step(self, batch: Any) -> None:
+        self.part.trained.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(self.step)
+        with autocast(self.device, self.settings.precision):
+            loss, figures = self.part.loss(batch, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+        if torch.isfinite(norm) or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self._skipped = 0
+        else:
+            self._skipped += 1
+            if self._skipped >= _MAX_SKIPPED:
+                raise RunError(
+                    f"{self.folder}: the loss has had no finite value for {_MAX_SKIPPED} steps "
+                    f"(step {self.step + 1}); go on from the last checkpoint with a lower "
+                    "learning rate, or --precision float32"
+                )
+        self.scaler.update()
+        self.ema.step(self.parameters)
+        self.part.after_step(self.step, self.settings.steps)
+        self.step += 1
+        for name, value in figures.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _state(self) -> PretrainProgress:
+        latest = self.rows[-1] if self.rows else {}
+        return PretrainProgress(
+            part=self.part.name,
+            step=self.step,
+            total_steps=self.settings.steps,
+            figures={name: value for name, value in latest.items() if name not in _PLAIN},
+        )
+
+    # -- log, checkpoint --
+
+    def _report(self, *, look: bool) -> None:
+        row: Figures = {
+            "step": self.step,
+            "seconds": round(self.seconds, 1),
+            "learning_rate": self.settings.rate(self.step - 1),
+        }
+        row.update({name: total / self._counts[name] for name, total in self._sums.items()})
+        self._sums, self._counts = {}, {}
+        if look:
+            with self.averaged(), torch.no_grad(), autocast(self.device, self.settings.precision):
+                row.update(self.part.held_out())
+                self.part.pictures(self.folder, self.step)
+        self.rows.append(row)
+        replace_file(self.folder / LOG_FILE, lambda file: file.write_text(_csv(self.rows), "utf-8"))
+
+    def save(self) -> None:
+        """Write a checkpoint from which the training continues."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "weights": self.part.trained.state_dict(),
+            "extra": self.part.extra_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rows": self.rows,
+        }
+        replace_file(self.folder / CHECKPOINT_FILE, lambda file: torch.save(state, file))
+
+    def _load(self, file: Path) -> None:
+        try:  # weights_only: nothing in the file is executed
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            self.part.trained.load_state_dict(state["weights"])
+            self.part.load_extra_state(state["extra"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.device)
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.rows = list(state["rows"])
+        except Exception as error:  # torch names a broken file in a dozen ways
+            raise RunError(
+                f"{file} is not a checkpoint of this training ({error!s:.100}); remove "
+                f"{self.folder} to begin again"
+            ) from None
+        logger.info("%s: continuing after step %d", self.folder, self.step)
+
+    def _check_identity(self, wanted: dict[str, Any]) -> None:
+        wanted = json.loads(json.dumps(wanted))
+        file = self.folder / SETTINGS_FILE
+        if not file.exists():
+            replace_file(file, lambda f: f.write_text(json.dumps(wanted, indent=2) + "\n", "utf-8"))
+            return
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise RunError(f"{file} is damaged; remove {self.folder} to begin again") from None
+        for name in sorted({*known, *wanted}):
+            if known.get(name) != wanted.get(name):
+                raise RunError(
+                    f"{self.folder} was trained with {name} {known.get(name)!r:.60}, this run asks "
+                    f"for {wanted.get(name)!r:.60}; use the same settings, or another --out"
+                )
+
+
+#: Columns of the log that say nothing of the quality.
+_PLAIN = ("step", "seconds", "learning_rate")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context that a precision asks for."""
+    lower = precision != "float32"
+    return torch.autocast(
+        device.type, dtype=_DTYPES[precision] if lower else torch.bfloat16, enabled=lower
+    )
+
+
+def _csv(rows: list[Figures]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.7g}" for name, value in row.items()})
+    return text.getvalue()
+
+
+@contextmanager
+def _reader(part: Part) -> Iterator[Callable[[int, LoopSettings], Any]]:
+    """Read one step ahead on a thread."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(1, "psd-crops")
+    waiting: dict[int, Future[Any]] = {}
+
+    def submit(step: int, settings: LoopSettings) -> None:
+        if step not in waiting and step < settings.steps:
+            waiting[step] = pool.submit(part.read, step, *settings.batch_at(step))
+
+    def read(step: int, settings: LoopSettings) -> Any:
+        for ahead in range(step, step + 3):
+            submit(ahead, settings)
+        return waiting.pop(step).result()
+
+    try:
+        yield read
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C and SIGTERM wait for the end of a step; a second one does not wait."""
+    pressed = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, handle) for number in signals}
+    try:
+        yield lambda: pressed
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
