@@ -23,6 +23,7 @@ COMMANDS = {
     "data": "cli.data:data",
     "cache": "cli.cache:cache",
     "probe": "cli.probe:probe",
+    "baseline": "cli.baseline:baseline",
     "reproduce": "cli.reproduce:reproduce",
 }
 #: One line each, so that ``psd --help`` imports no command.
@@ -37,6 +38,7 @@ _SHORT_HELP = {
     "data": "Data sets: what is needed, where from, is it whole.",
     "cache": "Feature stores: contents, integrity, repair, export.",
     "probe": "One patch through stage 1, every number saved.",
+    "baseline": "A network on the images themselves, to compare with.",
     "reproduce": "The paper's tables.",
 }
 

@@ -56,12 +56,31 @@ def precision_option(command: Command) -> Command:
     )(command)
 
 
-def limit_option(command: Command) -> Command:
-    """``--limit-images``: the few-label experiment."""
-    return click.option(
-        "--limit-images",
-        "limit",
-        type=click.IntRange(1),
-        metavar="N",
-        help="Train on N images only, drawn by the seed; the validation part stays the same.",
-    )(command)
+def parts_options(command: Command) -> Command:
+    """``--split``, ``--val``, ``--fold`` and ``--limit-images``: what trains and what validates."""
+    for option in (
+        click.option(
+            "--limit-images",
+            "limit",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Train on N images only, drawn by the seed; the validation part stays the same.",
+        ),
+        click.option(
+            "--fold",
+            type=int,
+            metavar="K",
+            help="Hold out fold K of the data set for evaluation, train on the other folds.",
+        ),
+        click.option(
+            "--val",
+            default="0.2",
+            show_default=True,
+            metavar="FRACTION|SPLIT",
+            help="Validation: a share of the training groups (patients, cases), or a split; "
+            "0 for none.",
+        ),
+        click.option("--split", help="Trained on [default: as the data set says, usually train]."),
+    ):
+        command = option(command)
+    return command

@@ -5,28 +5,14 @@ from typing import Any
 
 import click
 
-from cli.options import PATH, device_option, limit_option, precision_option, seed_option
+from cli.options import PATH, device_option, parts_options, precision_option, seed_option
 
 
 @click.command("train-head")
 @click.option(
     "--features", type=PATH, help="Feature store [default: newest complete one in features/]."
 )
-@click.option("--split", help="Trained on [default: as the data set says, usually train].")
-@click.option(
-    "--val",
-    default="0.2",
-    show_default=True,
-    metavar="FRACTION|SPLIT",
-    help="Validation: a share of the training groups (patients, cases), or a split; 0 for none.",
-)
-@click.option(
-    "--fold",
-    type=int,
-    metavar="K",
-    help="Hold out fold K of the data set for `psd eval`, train on the other folds.",
-)
-@limit_option
+@parts_options
 @click.option("--out", type=PATH, help="Run to make or continue [default: runs/STORE-SETTINGS].")
 @click.option(
     "--epochs", type=click.IntRange(1), help="Passes over the training part [default: 40]."

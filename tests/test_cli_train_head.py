@@ -144,7 +144,7 @@ def test_no_space_left_is_one_line(folder, capsys, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train, "save_head", full)
+    monkeypatch.setattr(train, "save_weights", full)
     assert run(["train-head", *SHORT]) == 1
     assert "no space left on the disk" in capsys.readouterr().err
 

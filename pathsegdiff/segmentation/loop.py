@@ -222,13 +222,13 @@ class TrainingLoop(ABC, Generic[Batch]):
         jobs = (partial(self.read_batch, step) for step in steps)
         with deferred_interrupt() as interrupt, closing(prefetch(jobs)) as batches:
             try:
-                self._validate_if_due(interrupt)
-                while not self.is_finished():
+                done, _ = self._validate_if_due(interrupt)
+                while not done:
                     batch = next(batches)
                     consistent = False
                     loss = self._train_step(batch)
                     consistent = True
-                    row = self._validate_if_due(interrupt)
+                    done, row = self._validate_if_due(interrupt)
                     self._report(loss, row)
                     interrupt.raise_if_requested()
                     if time.monotonic() - self._last_checkpoint > _CHECKPOINT_SECONDS:
@@ -279,10 +279,18 @@ class TrainingLoop(ABC, Generic[Batch]):
             f"{kept}; train again with {self.lower_rate()}, and another --out"
         )
 
-    def _validate_if_due(self, interrupt: "Interrupt") -> Row | None:
-        due = self.step > 0 and (self.validation_is_due() or self.is_finished())
-        if not due or (self.rows and self.rows[-1]["step"] == self.step):
-            return None
+    def _validate_if_due(self, interrupt: "Interrupt") -> tuple[bool, Row | None]:
+        """Whether the training is over, which is said right after a validation only, and its row.
+
+        Asked once before the validation: a clock that runs out later must not take the last row.
+        """
+        if self.step == 0:
+            return False, None
+        done = self.is_finished()
+        if self.rows and self.rows[-1]["step"] == self.step:
+            return done, None
+        if not (done or self.validation_is_due()):
+            return False, None
         row: Row = {
             "step": self.step,
             "epoch": self.step / self.epoch_steps,
@@ -302,7 +310,7 @@ class TrainingLoop(ABC, Generic[Batch]):
         self._save_checkpoint()
         if time.monotonic() - self._last_curves > _CURVES_SECONDS:
             self._write_curves()
-        return row
+        return done or self.is_finished(), row
 
     # -- what is left behind --
 

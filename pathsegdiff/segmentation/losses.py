@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy weighted against the frequency of the classes.
+"""The training losses: cross-entropy weighted against the frequency of the classes, soft Dice.
 
 W_c = 1 - N_c / N, where N_c counts the training pixels of class c and N those of all classes. The
 don't-care class counts neither in N nor in the loss: its weight is 0, and it is never predicted.
@@ -63,6 +63,50 @@ def cross_entropy_sums(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple
         logits.float(), target, weight=weights, ignore_index=_IGNORED, reduction="sum"
     )
     return total, pixel_weights.sum()
+
+
+def soft_dice_sums(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Sums of the soft Dice of each class, to pool it over batches.
+
+    Args:
+        logits: (B, K, H, W), K = num_classes.
+        labels: (B, H, W) integer class ids; num_classes or more is left out.
+        num_classes: Without don't care.
+
+    Returns:
+        (3, num_classes) float32: of p * g, of p and of g, with g = 1 where the label is the class
+        and p = softmax(logits).
+    """
+    probabilities = logits.float().softmax(dim=1)
+    target = labels.long()
+    counted = (target < num_classes).unsqueeze(1)
+    truth = F.one_hot(target.clamp_max(num_classes - 1), num_classes).movedim(-1, 1) * counted
+    probabilities = probabilities * counted
+    pixels = (0, 2, 3)
+    return torch.stack(
+        [
+            (probabilities * truth).sum(pixels),
+            probabilities.sum(pixels),
+            truth.sum(pixels).to(probabilities.dtype),
+        ]
+    )
+
+
+def soft_dice_loss(sums: Tensor) -> Tensor:
+    """1 - 2 sum(p g) / (sum p + sum g), the mean over the classes that occur in the labels.
+
+    Milletari et al. 2016 (https://arxiv.org/abs/1606.04797), without their squares.
+
+    Args:
+        sums: (3, K) of ``soft_dice_sums``.
+
+    Returns:
+        () in [0, 1]; exactly 0 (with a gradient of 0) where no pixel counts.
+    """
+    both, predicted, true = sums
+    occurs = true > 0
+    loss = (1 - 2 * both / (predicted + true).clamp_min(torch.finfo(sums.dtype).tiny)) * occurs
+    return loss.sum() / occurs.sum().clamp_min(1)
 
 
 def predict_labels(logits: Tensor, num_classes: int) -> Tensor:

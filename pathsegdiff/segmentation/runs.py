@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from pathsegdiff.config import Recipe
 from pathsegdiff.errors import PathSegDiffError, RunError
@@ -210,7 +211,8 @@ def read_config(path: Path) -> RunConfig:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
-        return RunConfig.from_dict(values)
+        if values.get("kind") != "baseline":
+            return RunConfig.from_dict(values)
     except (
         KeyError,
         TypeError,
@@ -221,6 +223,7 @@ def read_config(path: Path) -> RunConfig:
     ) as error:
         reason = f"{type(error).__name__}: {error}"
         raise RunError(f"{file} is damaged ({reason}); train again into another --out") from None
+    raise RunError(f"{path} is a run of `psd baseline`, not of `psd train-head`; choose another")
 
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> Run:
@@ -240,20 +243,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> Run:
         head = build_head(config)
     except (ValueError, RuntimeError, IndexError) as error:
         raise RunError(f"{path / CONFIG_FILE} describes no head: {error}") from None
-    tensors, metadata = _read_head(file)
-    expected = head.state_dict()
-    odd = sorted(set(expected) ^ set(tensors))
-    if odd:
-        raise RunError(f"{file} does not fit its config: tensor {odd[0]} is missing or surplus")
-    for name, value in expected.items():
-        if tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
-            raise RunError(
-                f"{file} does not fit its config: {name} has shape {tuple(tensors[name].shape)} "
-                f"and {tensors[name].dtype}, expected {tuple(value.shape)} and {value.dtype}"
-            )
-        if not torch.isfinite(tensors[name]).all():
-            raise RunError(f"{file}: {name} holds values that are not finite; train again")
-    head.load_state_dict(tensors)
+    metadata = load_weights(file, head)
     head.requires_grad_(False).eval().to(device)
     return Run(path=path, config=config, head=head, metadata=metadata)
 
@@ -334,14 +324,49 @@ def write_json(path: Path, values: Any) -> None:
     replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def save_head(path: Path, head: FCNHead, metadata: dict[str, str]) -> None:
-    """Write a head file whole or not at all."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+def load_weights(file: Path, network: nn.Module) -> dict[str, str]:
+    """Load a file of ``save_weights`` into a network of its shape; returns the metadata.
+
+    Raises:
+        RunError: If it is damaged, or holds other tensors or values that are not finite.
+    """
+    tensors, metadata = _read_tensors(file)
+    expected = network.state_dict()
+    odd = sorted(set(expected) ^ set(tensors))
+    if odd:
+        raise RunError(f"{file} does not fit its config: tensor {odd[0]} is missing or surplus")
+    for name, value in expected.items():
+        if tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
+            raise RunError(
+                f"{file} does not fit its config: {name} has shape {tuple(tensors[name].shape)} "
+                f"and {tensors[name].dtype}, expected {tuple(value.shape)} and {value.dtype}"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise RunError(f"{file}: {name} holds values that are not finite; train again")
+    network.load_state_dict(tensors)
+    return metadata
+
+
+def save_weights(path: Path, network: nn.Module, metadata: dict[str, str]) -> None:
+    """Write a network's tensors as safetensors, whole or not at all."""
+    state = network.state_dict()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     content = save(tensors, {"format": "pt", **metadata})
     replace_file(path, lambda file: file.write_bytes(content))
 
 
-def _read_head(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def kept_row(metadata: dict[str, str]) -> dict[str, Any]:
+    """The log's row that stands in the metadata of a file of ``save_weights``."""
+    found: dict[str, Any] = {}
+    for name, text in metadata.items():
+        try:
+            found[name] = json.loads(text)
+        except ValueError:  # safetensors' own keys are no numbers
+            continue
+    return found
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from pathsegdiff.config import content_hash, order_taps
+from pathsegdiff.data.labels import LabelScheme
 from pathsegdiff.errors import RunError
 from pathsegdiff.evaluation.confusion import confusion_matrix, scores
 from pathsegdiff.features.store import FeatureStore, StoredSample
@@ -49,7 +50,7 @@ from pathsegdiff.segmentation.runs import (
     build_head,
     random_weights_note,
     read_config,
-    save_head,
+    save_weights,
     write_json,
 )
 from pathsegdiff.segmentation.sampling import (
@@ -368,7 +369,7 @@ class _Training(TrainingLoop[FeatureBatch]):
 
     def keep(self, metadata: dict[str, str]) -> None:
         """The head file."""
-        save_head(self.out / HEAD_FILE, self.head, metadata)
+        save_weights(self.out / HEAD_FILE, self.head, metadata)
 
     def lower_rate(self) -> str:
         """Another setting first where one is to blame more likely."""
@@ -402,6 +403,31 @@ def region_logits(
             with torch.no_grad(), autocast(device, precision):
                 logits = head(batch.to(device))
             yield batch, logits.float()
+
+
+def checked_class_weights(
+    counts: np.ndarray, scheme: LabelScheme, num_outputs: int, num_samples: int
+) -> np.ndarray:
+    """``class_weights`` of the training part.
+
+    Args:
+        counts: (num_classes,) its pixels of each class.
+        scheme: Of the data set, for the message.
+        num_outputs: num_classes, or one more where the last output is don't care.
+        num_samples: Of the training part.
+
+    Raises:
+        RunError: If fewer than two classes have pixels.
+    """
+    try:
+        return class_weights(counts, num_outputs)
+    except ValueError:
+        present = [name for name, count in zip(scheme.names, counts, strict=False) if count]
+        raise RunError(
+            f"the {num_samples} training samples hold pixels of "
+            f"{' '.join(present) or 'no class'} only; a head needs at least two classes to learn, "
+            "check the masks with `psd data check`"
+        ) from None
 
 
 def _default_crop(region_px: int, step_px: int) -> int | None:
@@ -438,15 +464,7 @@ def _run_config(
     if known is not None:
         return replace(config, class_pixels=known.class_pixels, class_weights=known.class_weights)
     counts = class_pixel_counts(store, parts.train)
-    try:
-        weights = class_weights(counts, scheme.num_outputs)
-    except ValueError:
-        present = [name for name, count in zip(scheme.names, counts, strict=False) if count]
-        raise RunError(
-            f"the {len(parts.train)} training samples hold pixels of "
-            f"{' '.join(present) or 'no class'} only; a head needs at least two classes to learn, "
-            "check the masks with `psd data check`"
-        ) from None
+    weights = checked_class_weights(counts, scheme, scheme.num_outputs, len(parts.train))
     return replace(
         config,
         class_pixels=tuple(int(count) for count in counts),

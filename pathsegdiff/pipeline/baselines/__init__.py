@@ -1,0 +1,1 @@
+"""Networks that learn from the images themselves: rows of the comparison table."""

@@ -1,0 +1,201 @@
+"""The training of a baseline on images in memory.
+
+AdamW with a short warm-up and a cosine, over a number of steps or a time; class-weighted
+cross-entropy plus soft Dice; the weights that are best on validation are kept.
+Shapes: S = ``size_px``, H = W = region_px, K = classes.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pathsegdiff.evaluation.confusion import confusion_matrix, scores
+from pathsegdiff.pipeline.baselines.images import ImageBatch, Picture, to_tensor, training_batch
+from pathsegdiff.pipeline.baselines.networks import normalise
+from pathsegdiff.pipeline.baselines.runs import (
+    NETWORK_FILE,
+    PATIENCE,
+    VALIDATIONS,
+    WARM_UP_STEPS,
+    WEIGHT_DECAY,
+    BaselineSettings,
+)
+from pathsegdiff.segmentation.loop import Interrupt, Progress, Row, TrainingLoop, autocast
+from pathsegdiff.segmentation.losses import (
+    cross_entropy_sums,
+    predict_labels,
+    soft_dice_loss,
+    soft_dice_sums,
+    weighted_cross_entropy,
+)
+from pathsegdiff.segmentation.runs import save_weights
+from pathsegdiff.segmentation.sampling import steps_per_epoch
+
+
+class BaselineTraining(TrainingLoop[ImageBatch]):
+    """The training of one network.
+
+    Args:
+        out: Folder of the run.
+        network: On ``device``.
+        settings: What decides the weights.
+        train: Its labels are (S, S).
+        val: Its labels are (H, W).
+        weights: (K,) of the classes.
+        device: Where to compute.
+        progress: Called after each step.
+    """
+
+    loss_title = "weighted cross-entropy + soft Dice"
+
+    def __init__(
+        self,
+        out: Path,
+        network: nn.Module,
+        settings: BaselineSettings,
+        train: Sequence[Picture],
+        val: Sequence[Picture],
+        weights: Tensor,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self.settings, self.train, self.val, self.weights = settings, train, val, weights
+        super().__init__(
+            out,
+            network,
+            torch.optim.AdamW(
+                network.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY
+            ),
+            device=device,
+            precision=settings.precision,
+            epoch_steps=steps_per_epoch(len(train), settings.batch_size),
+            total_steps=settings.steps,
+            validates=bool(val),
+            progress=progress,
+        )
+
+    def read_batch(self, step: int) -> ImageBatch:
+        """The images of a step."""
+        return training_batch(
+            self.train, step, batch_size=self.settings.batch_size, seed=self.settings.seed
+        )
+
+    def loss_of(self, batch: ImageBatch) -> Tensor:
+        """Cross-entropy plus soft Dice."""
+        labels = batch.labels.to(self.device)
+        with autocast(self.device, self.precision):
+            logits = self.network(normalise(batch.images.to(self.device)))
+        dice = soft_dice_loss(soft_dice_sums(logits, labels, len(self.weights)))
+        return weighted_cross_entropy(logits, labels, self.weights) + dice
+
+    def learning_rate(self, step: int) -> float:
+        """Up within the first steps, then a cosine over steps or time down to 0."""
+        warm_up = WARM_UP_STEPS
+        if self.total_steps is not None:
+            warm_up = max(1, min(warm_up, self.total_steps // 10))
+        share = min(1.0, self._share(step))
+        rising = min(1.0, (step + 1) / warm_up)
+        return self.settings.learning_rate * rising * 0.5 * (1 + math.cos(math.pi * share))
+
+    def validation_is_due(self) -> bool:
+        """After each twentieth of the training, in which earlier validations do not count."""
+        if self.total_steps is None:
+            before = self.rows[-1]["seconds"] if self.rows else 0.0
+            assert self.settings.minutes is not None
+            return (self.elapsed() - before) * VALIDATIONS >= self.settings.minutes * 60
+        before = self.rows[-1]["step"] if self.rows else 0
+        return (self.step - before) * VALIDATIONS >= self.total_steps
+
+    def is_finished(self) -> bool:
+        """At the end of the steps or the time, or where validation no longer improves."""
+        return self._share(self.step) >= 1 or self._patience_is_over()
+
+    def expected_steps(self) -> int:
+        """As given, or at the rate so far."""
+        if self.total_steps is not None:
+            return self.total_steps
+        share = self._share(self.step)
+        return self.step if share >= 1 else max(self.step + 1, round(self.step / max(share, 1e-6)))
+
+    def outcome(self) -> dict[str, Any]:
+        """Why the training ended."""
+        if self._share(self.step) >= 1:
+            return {"ended": f"after {self.settings.length()}"}
+        return {"ended": f"no improvement in {PATIENCE} validations"}
+
+    def validate(self, interrupt: Interrupt) -> Row:
+        """On whole regions, at their own size."""
+        num_classes = len(self.weights)
+        confusion = np.zeros((num_classes, num_classes), np.int64)
+        total = weight = 0.0
+        dice = torch.zeros(3, num_classes, dtype=torch.float64)
+        for picture in self.val:
+            interrupt.raise_if_requested()
+            side = len(picture.label)
+            logits = region_logits(self.network, picture.image, side, self.device, self.precision)
+            labels = torch.from_numpy(picture.label)[None].to(self.device)
+            part, part_weight = cross_entropy_sums(logits, labels, self.weights)
+            total, weight = total + part.item(), weight + part_weight.item()
+            dice += soft_dice_sums(logits, labels, num_classes).cpu()
+            predicted = predict_labels(logits, num_classes)[0].cpu().numpy()
+            confusion += confusion_matrix(picture.label, predicted, num_classes)
+        pooled = scores(confusion)
+        return {
+            "val_loss": total / weight + soft_dice_loss(dice).item() if weight else math.nan,
+            "val_miou": pooled.miou,
+            "val_dice": pooled.dice,
+            "val_accuracy": pooled.accuracy,
+        }
+
+    def keep(self, metadata: dict[str, str]) -> None:
+        """The network's file."""
+        save_weights(self.out / NETWORK_FILE, self.network, metadata)
+
+    def lower_rate(self) -> str:
+        """Float32 first where it is not."""
+        rate = self.settings.learning_rate
+        remedy = f"--lr {rate / 10:g} (it was {rate:g})"
+        return remedy if self.precision == "float32" else f"--precision float32, or {remedy}"
+
+    def _share(self, step: int) -> float:
+        """Of the training that is done."""
+        if self.total_steps is not None:
+            return step / self.total_steps
+        assert self.settings.minutes is not None
+        return self.elapsed() / (60 * self.settings.minutes)
+
+    def _patience_is_over(self) -> bool:
+        if not self.validates or self.best is None:
+            return False
+        return sum(row["step"] > self.best["step"] for row in self.rows) >= PATIENCE
+
+
+def region_logits(
+    network: nn.Module,
+    image: np.ndarray,
+    region_px: int,
+    device: torch.device,
+    precision: str = "float32",
+) -> Tensor:
+    """Logits of a region from its image at the network's size.
+
+    Args:
+        network: On ``device``; put into evaluation mode.
+        image: (S, S, 3) uint8 RGB.
+        region_px: H.
+
+    Returns:
+        (1, K, H, W) float32 on the device; bilinear where S is not H.
+    """
+    network.eval()
+    with torch.no_grad(), autocast(device, precision):
+        logits = network(normalise(to_tensor(image)[None].to(device)))
+    if logits.shape[-1] == region_px:
+        return logits.float()
+    return F.interpolate(logits.float(), size=region_px, mode="bilinear", align_corners=False)
