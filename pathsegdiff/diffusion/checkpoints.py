@@ -430,6 +430,7 @@ def _encoder_tensors(
             f"with a pos_embed; {_describe_root(root)}{hint}"
         )
     config = shape.encoder
+    assert isinstance(config, EncoderConfig)  # HIPT's checkpoints hold transformers
     if encoder_config is None or "mlp_ratio" not in read_json(encoder_config):
         hidden = found.get("blocks.0.mlp.fc1.weight")
         if hidden is not None and len(hidden.shape) == 2:

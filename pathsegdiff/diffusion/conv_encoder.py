@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pathsegdiff.diffusion.third_party import create_model, is_model
 from pathsegdiff.errors import BundleError
 
-#: No network that we know has more channels in a stage; it keeps a hostile file from filling memory.
+#: No stage that we know has more channels; it keeps a hostile file from filling memory.
 _MOST_CHANNELS = 4096
 _TOKEN_STRIDE = 16
 
@@ -145,10 +145,8 @@ class ConvEncoder(nn.Module):
             raise BundleError(
                 f"the encoder {config.model} has no feature maps {config.stages}: {error!s:.100}"
             ) from None
-        found = (
-            tuple(self.network.feature_info.channels()),
-            tuple(self.network.feature_info.reduction()),
-        )
+        stages: Any = self.network.feature_info
+        found = tuple(stages.channels()), tuple(stages.reduction())
         if found != (config.stage_channels, config.stage_strides):
             raise BundleError(
                 f"the encoder {config.model} has stages of {found[0]} channels at strides "

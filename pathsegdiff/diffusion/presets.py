@@ -194,7 +194,7 @@ PRESETS: dict[str, Preset] = {
         ),
         _preset(
             "tiny",
-            "The paper's structure for a laptop: UNet [64, 112, 128, 96], KL-f8, EfficientNet-Lite0",
+            "The paper's structure, small: UNet [64, 112, 128, 96], KL-f8, EfficientNet-Lite0",
             head_width=64,
             encoder=ConvEncoderConfig(),
             region_embed_dim=320,

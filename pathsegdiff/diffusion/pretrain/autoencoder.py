@@ -37,13 +37,14 @@ class AutoencoderPart(Part):
     name: ClassVar[str] = "autoencoder"
 
     def __init__(self, config: dict[str, Any], pool: ImagePool, device: torch.device) -> None:
-        self.model = build_autoencoder(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: Any = build_autoencoder(config).to(device)
+        self.model.to(memory_format=torch.channels_last)
         self.pool, self.device = pool, device
         self.is_vq = config["_class_name"] == "VQModel"
         if not self.is_vq:
             # A standard deviation of 1 drowns the first latents, which are near 0: begin at 0.05.
             with torch.no_grad():
-                self.model.quant_conv.bias[config["latent_channels"] :] = -6.0  # type: ignore[index,union-attr]
+                self.model.quant_conv.bias[config["latent_channels"] :] = -6.0
 
     @property
     def trained(self) -> nn.Module:
@@ -58,13 +59,13 @@ class AutoencoderPart(Part):
         """Absolute and squared error of the reconstruction in [-1, 1], plus the latent's term."""
         images = to_unit(batch, self.device) * 2 - 1
         if self.is_vq:
-            decoded, commitment = self.model(images, return_dict=False)  # type: ignore[operator]
+            decoded, commitment = self.model(images, return_dict=False)
             latent_term = commitment.float().mean()
         else:
-            posterior = self.model.encode(images).latent_dist  # type: ignore[operator]
+            posterior = self.model.encode(images).latent_dist
             generator = torch.Generator(self.device).manual_seed(step)
             latent = posterior.sample(generator)
-            decoded = self.model.decode(latent).sample  # type: ignore[operator]
+            decoded = self.model.decode(latent).sample
             latent_term = KL_WEIGHT * posterior.kl().mean() / math.prod(latent.shape[1:])
         error = decoded.float() - images
         squared = error.square().mean()
@@ -86,7 +87,7 @@ class AutoencoderPart(Part):
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, images: Tensor) -> Tensor:
+def reconstruct(model: Any, images: Tensor) -> Tensor:
     """Encode and decode.
 
     Args:
@@ -95,7 +96,7 @@ def reconstruct(model: nn.Module, images: Tensor) -> Tensor:
     Returns:
         (B, 3, S, S) float32 in [0, 1]: through the codes (VQ), or from the posterior mean (KL).
     """
-    decoded = model.decode(encode(model, images, 1.0), return_dict=False)[0]  # type: ignore[operator]
+    decoded = model.decode(encode(model, images, 1.0), return_dict=False)[0]
     return ((decoded.float() + 1) / 2).clamp(0, 1)
 
 

