@@ -3,12 +3,15 @@
 Shapes: B = crops of a batch, S = crop_px.
 """
 
+import json
 import logging
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +34,10 @@ _SPLIT_STREAM, _HELD_OUT_STREAM = 11, 12
 _HELD_OUT_SHARE = 0.03
 #: Steps below 0 are draws beside the training (statistics); numpy wants no negative seeds.
 _FIRST_STEP = 1 << 20
+#: A folder with such a file was packed for a journey (travel.py): it says scales and groups.
+INDEX_FILE = "index.json"
+INDEX_KIND = "pathsegdiff images 1"
+_MAX_INDEX_BYTES = 64 << 20
 _MASK_SUFFIXES = ("_mask", "_anno", "_tumor", "_label", "_seg")
 
 
@@ -142,14 +149,30 @@ class ImagePool:
 
 
 def open_pool(sources: Sequence[str], *, data_root: Path | None = None, seed: int = 0) -> ImagePool:
-    """Find the training images.
+    """Find the training images, and hold some out.
+
+    Args:
+        sources: As ``find_images`` has them.
+        data_root: Where the images of manifests lie.
+        seed: Of the choice of what is held out.
+
+    Raises:
+        DataError: If a source is not what it can be, has no image, or there is one group only.
+    """
+    pool = ImagePool(find_images(sources, data_root=data_root), seed)
+    logger.info("%d images to train on, %d held out", len(pool.train), len(pool.held_out))
+    return pool
+
+
+def find_images(sources: Sequence[str], *, data_root: Path | None = None) -> list[PoolImage]:
+    """Find the training images, in an order that depends on the sources alone.
 
     Args:
         sources: Each DIR, DIR@SCALE, or a manifest (a file, or a name). Of a folder, every image
             in it and below, masks left out; SCALE enlarges its pixels. Of a manifest, the images
-            of its training split at the scale of its regions, grouped as it says.
+            of its training split at the scale of its regions, grouped as it says. Of a folder of
+            packed images, those that they were packed from.
         data_root: Where the images of manifests lie.
-        seed: Of the choice of what is held out.
 
     Raises:
         DataError: If a source is nothing of these, or has no image.
@@ -157,13 +180,17 @@ def open_pool(sources: Sequence[str], *, data_root: Path | None = None, seed: in
     images: list[PoolImage] = []
     for source in sources:
         path, scale = _split_scale(source)
-        if path.is_dir():
-            images += _of_folder(path, 1.0 if scale is None else scale)
-        else:
+        if not path.is_dir():
             images += _of_manifest(str(path), data_root, scale)
-    pool = ImagePool(images, seed)
-    logger.info("%d images to train on, %d held out", len(pool.train), len(pool.held_out))
-    return pool
+            continue
+        index = _packed_index(path)
+        if index is None:
+            images += _of_folder(path, 1.0 if scale is None else scale)
+        elif scale is None:
+            images += _of_packed(path, index)
+        else:
+            raise DataError(f"{source}: packed images bring their scales along; give {path} alone")
+    return images
 
 
 def _split_scale(source: str) -> tuple[Path, float | None]:
@@ -212,6 +239,39 @@ def _of_manifest(name: str, data_root: Path | None, scale: float | None) -> list
     if not images:
         raise DataError(f"data set {dataset.name} has no images in its split {split}")
     return list(images.values())
+
+
+def _packed_index(folder: Path) -> list[Any] | None:
+    """The entries of a folder of packed images; None if the folder is not one."""
+    file = folder / INDEX_FILE
+    try:
+        if file.stat().st_size > _MAX_INDEX_BYTES:
+            return None
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or values.get("kind") != INDEX_KIND:
+        return None
+    entries = values.get("images")
+    return entries if isinstance(entries, list) else []
+
+
+def _of_packed(folder: Path, entries: list[Any]) -> list[PoolImage]:
+    images = []
+    for number, entry in enumerate(entries):
+        values = entry if isinstance(entry, dict) else {}
+        name, scale, group = (values.get(key) for key in ("file", "scale", "group"))
+        if (
+            not (isinstance(name, str) and name == Path(name).name and name[:1] != ".")
+            or not (isinstance(scale, float) and math.isfinite(scale) and scale > 0)
+            or not isinstance(group, str)
+        ):
+            raise DataError(f"{folder / INDEX_FILE}: entry {number} is damaged; unpack it again")
+        file = folder / name
+        images.append(PoolImage(path=file, scale=scale, group=group, size=image_size(file)))
+    if not images:
+        raise DataError(f"{folder / INDEX_FILE} names no image; pack them again")
+    return images
 
 
 def _stack(crops: Sequence[np.ndarray]) -> Tensor:

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -35,6 +36,8 @@ LOG_FILE = "log.csv"
 SETTINGS_FILE = "settings.json"
 #: A step whose gradient is not finite is left out; this many in a row are an error.
 _MAX_SKIPPED = 20
+#: Threads that read crops. More do not help: a part of it holds Python's lock.
+_MOST_READERS = 4
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Figures = dict[str, float]
 
@@ -351,10 +354,13 @@ class TrainingLoop:
             state = torch.load(file, map_location="cpu", weights_only=True)
             self.part.trained.load_state_dict(state["weights"])
             self.part.load_extra_state(state["extra"])
+            for group in state["optimizer"]["param_groups"]:
+                group["fused"] = self.device.type == "cuda"  # it may come from another device
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.device)
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty where there was none
+                self.scaler.load_state_dict(state["scaler"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.rows = list(state["rows"])
         except Exception as error:  # torch names a broken file in a dozen ways
@@ -406,10 +412,11 @@ def _csv(rows: list[Figures]) -> str:
 
 @contextmanager
 def _reader(part: Part) -> Iterator[Callable[[int, LoopSettings], Any]]:
-    """Read one step ahead on a thread."""
+    """Read some steps ahead on threads; what a step reads depends on its number alone."""
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    pool = ThreadPoolExecutor(1, "psd-crops")
+    threads = min(_MOST_READERS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(threads, "psd-crops")
     waiting: dict[int, Future[Any]] = {}
 
     def submit(step: int, settings: LoopSettings) -> None:
@@ -417,7 +424,7 @@ def _reader(part: Part) -> Iterator[Callable[[int, LoopSettings], Any]]:
             waiting[step] = pool.submit(part.read, step, *settings.batch_at(step))
 
     def read(step: int, settings: LoopSettings) -> Any:
-        for ahead in range(step, step + 3):
+        for ahead in range(step, step + threads + 2):
             submit(ahead, settings)
         return waiting.pop(step).result()
 
