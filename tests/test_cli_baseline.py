@@ -1,0 +1,128 @@
+import json
+
+import pytest
+
+from cli.baseline import NAMES
+from cli.main import run
+from tests.helpers_data import make_glas
+
+pytest.importorskip("segmentation_models_pytorch", reason="the extra `baselines` is not installed")
+
+SHORT = ("--size", "64", "--steps", "3", "--batch-size", "2")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a small data set."""
+    make_glas(tmp_path, counts={"train": 6, "testA": 2, "testB": 2})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_row_is_trained_scored_and_said(folder, capsys):
+    assert run(["baseline", "res-unet", "--dataset", "glaslike.toml", *SHORT]) == 0
+    said = capsys.readouterr().out
+    name = "glaslike-res-unet-size-64-steps-3-batch-2"
+    assert f"runs/{name}: res-unet, 4 images of glaslike train and 2 validate, 3 steps" in said
+    assert "at most 8 validations without improvement" in said
+    assert "3 steps in " in said
+    assert "kept: step " in said
+    metrics = json.loads((folder / "runs" / name / "eval-testB" / "metrics.json").read_text())
+    assert f"{'mIoU':18} {metrics['miou']:.4f}" in said
+    assert f"object F1          {metrics['objects']['f1']:.4f}" in said
+    assert f"report: runs/{name}/eval-testB/report.html" in said
+
+
+def test_the_same_command_again_only_scores_again(folder, capsys):
+    command = ["baseline", "res-unet", "--dataset", "glaslike.toml", *SHORT, "--out", "mine"]
+    assert run(command) == 0
+    assert run([*command, "--eval-split", "testA"]) == 0
+    assert "mine has finished before, after 3 steps" in capsys.readouterr().out
+    assert (folder / "mine" / "eval-testA" / "report.html").is_file()
+
+
+def test_options_reach_the_training(folder):
+    options = ["--lr", "0.01", "--val", "testA", "--limit-images", "2", "--seed", "3"]
+    more = ["--split", "train", "--precision", "bfloat16", "--device", "cpu", "--out", "x"]
+    root = ["--data-root", str(folder / "glaslike")]
+    command = ["baseline", "effnet-unet", "--dataset", "glaslike.toml", *SHORT]
+    assert run([*command, *options, *more, *root]) == 0
+    config = json.loads((folder / "x" / "config.json").read_text())
+    assert config["settings"] == {
+        "name": "effnet-unet",
+        "split": "train",
+        "val": "testA",
+        "fold": None,
+        "limit": 2,
+        "size_px": 64,
+        "steps": 3,
+        "minutes": None,
+        "batch_size": 2,
+        "learning_rate": 0.01,
+        "precision": "bfloat16",
+        "seed": 3,
+    }
+    assert len(config["samples"]["train"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset", "nothing"], "no data set is called 'nothing'"),
+        (["--size", "100"], "--size must be a multiple of 32"),
+        (["--minutes", "0"], "--minutes must be a number above 0"),
+        (["--lr", "-1"], "--lr must be a number above 0"),
+        (["--val", "2"], "--val must be a fraction from 0 to below 1, or a split, got 2"),
+        (["--split", "x"], "data set glaslike has no complete sample of split 'x'"),
+        (["--eval-split", "x"], "no image of split 'x' is here"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_1(folder, capsys, options, message):
+    assert run(["baseline", "res-unet", "--dataset", "glaslike.toml", *options]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in said if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in "".join(said)
+    assert not (folder / "runs").exists()
+
+
+def test_a_missing_package_is_one_line(folder, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    assert run(["baseline", "res-unet", "--dataset", "glaslike.toml", *SHORT]) == 1
+    assert "pip install 'pathsegdiff[baselines]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--steps", "1", "--minutes", "1"], ["--batch-size", "0"]])
+def test_bad_usage_is_exit_code_2(folder, options):
+    assert run(["baseline", "res-unet", "--dataset", "glaslike.toml", *options]) == 2
+    assert run(["baseline", "unet", "--dataset", "glaslike.toml"]) == 2
+    assert run(["baseline", "res-unet"]) == 2
+
+
+def test_ctrl_c_is_130_and_the_run_goes_on_afterwards(folder, capsys, monkeypatch):
+    from pathsegdiff.pipeline.baselines.train import BaselineTraining
+
+    real = BaselineTraining.loss_of
+
+    def interrupted(self, batch):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    command = ["baseline", "res-unet", "--dataset", "glaslike.toml", *SHORT]
+    with monkeypatch.context() as patch:
+        patch.setattr(BaselineTraining, "loss_of", interrupted)
+        assert run(command) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert run(command) == 0
+    assert "continuing after step 2 of 3" in capsys.readouterr().err
+
+
+def test_the_names_are_those_of_the_networks():
+    from pathsegdiff.pipeline.baselines.networks import ARCHITECTURES
+
+    assert tuple(ARCHITECTURES) == NAMES
