@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from pathsegdiff.diffusion.autoencoder import encode
 from pathsegdiff.diffusion.conditioning import Conditioner
+from pathsegdiff.diffusion.conv_encoder import ConvEncoder
 from pathsegdiff.diffusion.encoder import AnyEncoder
 from pathsegdiff.diffusion.pretrain.images import ImagePool, to_unit
 from pathsegdiff.diffusion.pretrain.loop import Figures, Part
@@ -46,8 +47,8 @@ class LdmSettings:
             where features are taken from; the others' from the whole schedule.
         focus_steps: See there.
         align_weight: Of the alignment beside the noise prediction; 0 for none.
-        stain_jitter: Largest relative change of a stain's density in what the UNet sees; the
-            encoder's maps are those of the image as it is.
+        stain_jitter: Largest relative change of a stain's density in the latent; condition and
+            encoder maps are those of the image as it is.
     """
 
     drop_condition: float = 0.1
@@ -153,8 +154,9 @@ class LdmPart(Part):
         seen = images
         if self.settings.stain_jitter:
             seen = jitter_stain(images, generator, self.settings.stain_jitter)
-        with torch.no_grad():
-            embedding, _ = self.encoder(seen)
+        with torch.no_grad():  # one pass of the encoder gives the condition and the targets
+            maps = self.encoder.feature_maps(images)
+            embedding = self._embedding(images, maps)
             latent = encode(self.autoencoder, seen, self.latent_scale)
         noise = torch.randn(latent.shape, generator=generator).to(self.device)
         timesteps = timesteps.to(self.device)
@@ -164,9 +166,7 @@ class LdmPart(Part):
         figures = {"noise_loss": noise_loss.item()}
         loss = noise_loss
         if self.pairs:
-            with torch.no_grad():
-                targets = self._targets(images)
-            errors = self._alignment(targets)
+            errors = self._alignment(self._targets(maps))
             figures |= {f"align_{name}": error.item() for name, error in errors.items()}
             loss = loss + self.settings.align_weight * sum(errors.values()) / len(errors)
         return loss, {"loss": loss.item(), **figures}
@@ -195,7 +195,8 @@ class LdmPart(Part):
                 if name == "conditioned":
                     found[f"held_out_t{timestep}"] = error
                 if timestep == 50 and kept and self.pairs:
-                    errors = self._alignment(self._targets(images))
+                    targets = self._targets(self.encoder.feature_maps(images))
+                    errors = self._alignment(targets)
                     found |= {f"held_out_align_{key}": e.item() for key, e in errors.items()}
         return {f"held_out_{name}": value for name, value in sums.items()} | found
 
@@ -256,8 +257,12 @@ class LdmPart(Part):
 
         return hook
 
-    def _targets(self, images: Tensor) -> list[Tensor]:
-        maps = self.encoder.feature_maps(images)
+    def _embedding(self, images: Tensor, maps: list[Tensor]) -> Tensor:
+        if isinstance(self.encoder, ConvEncoder):
+            return maps[-1].mean(dim=(2, 3))
+        return self.encoder(images)[0]
+
+    def _targets(self, maps: list[Tensor]) -> list[Tensor]:
         return [
             (features.float() - mean[:, None, None]) / std[:, None, None]
             for features, (mean, std) in zip(maps, self.statistics, strict=True)

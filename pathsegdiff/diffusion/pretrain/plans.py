@@ -102,7 +102,7 @@ _PLANS = {
         ),
         encoder=LoopSettings(steps=10_000, batch_size=32, learning_rate=5e-4, warmup_steps=1000),
         ldm=LoopSettings(
-            steps=8000,
+            steps=5500,
             batch_size=8,
             learning_rate=1e-3,
             warmup_steps=200,
