@@ -4,6 +4,9 @@ import csv
 import json
 import logging
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,7 +56,7 @@ def manifest_of(tmp_path: Path, *changes: dict[str, str], **more) -> Path:
 
 
 def test_the_known_data_sets_are_listed():
-    assert list_manifests() == ["bcss", "demo", "ebhi", "glas"]
+    assert list_manifests() == ["bcss", "demo", "ebhi", "ebhi300", "glas"]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,7 @@ def test_the_known_data_sets_are_listed():
         ("glas", {"train": 85, "testA": 60, "testB": 20}, 2, 2, "testB"),
         ("bcss", {"train": 106, "test": 45}, 5, 6, "test"),
         ("ebhi", {"train": 1679, "test": 130}, 2, 2, "test"),
+        ("ebhi300", {"train": 300, "test": 130}, 2, 2, "test"),
         ("demo", {"train": 26, "test": 22}, 2, 2, "test"),
     ],
 )
@@ -74,6 +78,30 @@ def test_a_known_data_set_has_its_official_parts(name, splits, classes, outputs,
     assert manifest.grouped == (name != "glas")
     assert manifest.licence
     assert manifest.where
+
+
+def test_ebhi300_is_whole_cases_of_ebhi_in_proportion_to_the_diagnoses():
+    whole, few = load_manifest("ebhi"), load_manifest("ebhi300")
+    assert (few.scheme, few.rule) == (whole.scheme, whole.rule)
+    cases = {row.group for row in few.sources if row.split == "train"}
+    wanted = [row for row in whole.sources if row.split == "test" or row.group in cases]
+    assert list(few.sources) == wanted
+    counts = [
+        Counter(row.extra["diagnosis"] for row in manifest.sources if row.split == "train")
+        for manifest in (whole, few)
+    ]
+    assert counts[1].keys() == counts[0].keys()
+    for diagnosis, count in counts[0].items():
+        assert abs(counts[1][diagnosis] - 300 * count / 1679) < 2
+
+
+def test_ebhi300_is_what_its_script_chooses(tmp_path):
+    root = Path(__file__).parents[1]
+    script = [sys.executable, root / "benchmarks" / "choose_ebhi300.py"]
+    subprocess.run([*script, "--out", tmp_path / "again.csv"], check=True, capture_output=True)
+    assert (tmp_path / "again.csv").read_bytes() == (
+        root / "data_manifests" / "ebhi300.csv"
+    ).read_bytes()
 
 
 def test_glas_folds_keep_patients_apart_though_its_splits_do_not():

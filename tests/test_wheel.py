@@ -59,7 +59,7 @@ def environment(wheel, tmp_path_factory) -> Path:
 
 def test_the_wheel_carries_manifests_and_the_demo_images(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for manifest in ("bcss", "demo", "ebhi", "glas"):
+    for manifest in ("bcss", "demo", "ebhi", "ebhi300", "glas"):
         assert f"pathsegdiff/data_manifests/{manifest}.toml" in names
         assert f"pathsegdiff/data_manifests/{manifest}.csv" in names
     assert sum(name.startswith("pathsegdiff/data/demo/") for name in names) >= 80
