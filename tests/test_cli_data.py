@@ -72,8 +72,8 @@ def test_an_unknown_name_is_one_line_and_exit_code_1(capsys):
     code, out, err = psd(capsys, "show", "nothing")
     assert (code, out) == (1, "")
     assert err == (
-        "Error: no data set is called 'nothing'; there are bcss, demo, ebhi, ebhi300, glas, or give the "
-        "path of a manifest (.toml; `psd data init` writes one)\n"
+        "Error: no data set is called 'nothing'; there are bcss, demo, ebhi, ebhi300, glas, or "
+        "give the path of a manifest (.toml; `psd data init` writes one)\n"
     )
 
 
