@@ -37,7 +37,9 @@ def test_a_crop_depends_on_seed_stream_and_step_alone(folder):
 
 def test_no_image_of_a_held_out_group_is_trained_on(folder):
     images = [
-        PoolImage(path=folder / f"image_{n}.png", scale=1.0, group=f"case {n // 2}", size=(300, 280))
+        PoolImage(
+            path=folder / f"image_{n}.png", scale=1.0, group=f"case {n // 2}", size=(300, 280)
+        )
         for n in range(6)
     ]
     pool = ImagePool(images)

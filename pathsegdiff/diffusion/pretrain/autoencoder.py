@@ -22,7 +22,6 @@ from pathsegdiff.diffusion.pretrain.pictures import save_rows
 STREAM = 1
 #: Weight of the KL term beside the reconstruction, per latent value. Rombach et al.: 1e-6 of sums.
 KL_WEIGHT = 1e-4
-_HELD_OUT_CROPS = 16
 
 
 class AutoencoderPart(Part):
@@ -32,14 +31,22 @@ class AutoencoderPart(Part):
         config: Its ``config.json``.
         pool: Images.
         device: Where to train.
+        held_out_crops: That held-out figures are measured on.
     """
 
     name: ClassVar[str] = "autoencoder"
 
-    def __init__(self, config: dict[str, Any], pool: ImagePool, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        pool: ImagePool,
+        device: torch.device,
+        held_out_crops: int = 32,
+    ) -> None:
         self.model: Any = build_autoencoder(config).to(device)
         self.model.to(memory_format=torch.channels_last)
         self.pool, self.device = pool, device
+        self.held_out_crops = held_out_crops
         self.is_vq = config["_class_name"] == "VQModel"
         if not self.is_vq:
             # A standard deviation of 1 drowns the first latents, which are near 0: begin at 0.05.
@@ -76,7 +83,7 @@ class AutoencoderPart(Part):
     @torch.no_grad()
     def held_out(self) -> Figures:
         """PSNR in dB over held-out crops, decoded from what stage 1 would see."""
-        images = to_unit(self.pool.held_out_batch(_HELD_OUT_CROPS, 256), self.device)
+        images = to_unit(self.pool.held_out_batch(self.held_out_crops, 256), self.device)
         return {"held_out_psnr": psnr(images, reconstruct(self.model, images))}
 
     @torch.no_grad()

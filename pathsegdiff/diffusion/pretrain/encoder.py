@@ -5,6 +5,7 @@ running average, says of the others. Loss and projection head are lightly's.
 Shapes: B = images of a batch, P = the encoder's image size.
 """
 
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,7 +26,6 @@ GLOBAL_VIEWS, LOCAL_VIEWS = 2, 4
 _GLOBAL_SHARE, _LOCAL_SHARE = (0.5, 1.0), (0.15, 0.4)
 _STAIN_JITTER = 0.25
 _TEACHER_MOMENTUM = (0.99, 1.0)
-_HELD_OUT_CROPS = 32
 
 
 class EncoderPart(Part):
@@ -37,6 +37,7 @@ class EncoderPart(Part):
         pool: Images.
         seed: Of views and jitter, with the step.
         device: Where to train.
+        held_out_crops: That held-out figures are measured on.
 
     Raises:
         ConfigError: If the package lightly is missing.
@@ -52,6 +53,7 @@ class EncoderPart(Part):
         outputs: int,
         seed: int,
         device: torch.device,
+        held_out_crops: int = 32,
     ) -> None:
         try:
             from lightly.loss import DINOLoss
@@ -61,6 +63,7 @@ class EncoderPart(Part):
                 "training an encoder needs the package lightly: pip install 'pathsegdiff[pretrain]'"
             ) from None
         self.pool, self.seed, self.device, self.config = pool, seed, device, config
+        self.held_out_crops = held_out_crops
 
         def network() -> nn.ModuleDict:
             head = DINOProjectionHead(
@@ -71,8 +74,10 @@ class EncoderPart(Part):
             )
             return nn.ModuleDict({"encoder": PatchEncoder(config), "head": head})
 
-        self.student = network().to(device)
-        self.teacher = network().to(device).requires_grad_(False)
+        with warnings.catch_warnings():  # lightly still builds on an older weight_norm
+            warnings.simplefilter("ignore", FutureWarning)
+            self.student = network().to(device)
+            self.teacher = network().to(device).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.criterion = DINOLoss(output_dim=outputs, teacher_temp=0.04).to(device)
 
@@ -114,7 +119,7 @@ class EncoderPart(Part):
         And the spread of the embeddings: near 0 the encoder says the same of everything.
         """
         images = to_unit(
-            self.pool.held_out_batch(_HELD_OUT_CROPS, self.config.image_size), self.device
+            self.pool.held_out_batch(self.held_out_crops, self.config.image_size), self.device
         )
         encoder = self.student["encoder"]
         first = F.normalize(encoder(images)[0].float(), dim=1)

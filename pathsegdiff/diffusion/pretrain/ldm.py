@@ -31,7 +31,6 @@ from pathsegdiff.diffusion.third_party import DDIMScheduler, DDPMScheduler
 from pathsegdiff.diffusion.unet import build_unet
 
 STREAM = 3
-_HELD_OUT_CROPS = 32
 #: Timesteps at which the held-out loss is measured.
 LOOK_AT = (25, 50, 100, 200, 400, 700)
 _SAMPLING_STEPS = 25
@@ -77,6 +76,7 @@ class LdmPart(Part):
         settings: Of this part.
         seed: Of the noise, with the step.
         device: Where to train.
+        held_out_crops: That held-out figures are measured on.
     """
 
     name: ClassVar[str] = "ldm"
@@ -95,8 +95,10 @@ class LdmPart(Part):
         settings: LdmSettings,
         seed: int,
         device: torch.device,
+        held_out_crops: int = 32,
     ) -> None:
         self.pool, self.device, self.settings, self.seed = pool, device, settings, seed
+        self.held_out_crops = held_out_crops
         self.encoder = encoder.to(device).requires_grad_(False).eval()
         self.autoencoder = autoencoder.to(device).requires_grad_(False).eval()
         self.latent_scale = latent_scale
@@ -177,7 +179,7 @@ class LdmPart(Part):
 
         The alignment is the share of the variance of the encoder's maps that is not explained.
         """
-        images = to_unit(self.pool.held_out_batch(_HELD_OUT_CROPS, self.patch_px), self.device)
+        images = to_unit(self.pool.held_out_batch(self.held_out_crops, self.patch_px), self.device)
         generator = torch.Generator().manual_seed(self.seed)
         embedding, _ = self.encoder(images)
         latent = encode(self.autoencoder, images, self.latent_scale)

@@ -23,6 +23,7 @@ class Plan:
         autoencoder, encoder, ldm: Loops. An encoder with ImageNet weights is not trained.
         diffusion: Of the diffusion model.
         prototypes: Outputs of DINO's head.
+        held_out_crops: That held-out figures are measured on.
     """
 
     preset: Preset
@@ -31,6 +32,7 @@ class Plan:
     ldm: LoopSettings
     diffusion: LdmSettings = field(default_factory=LdmSettings)
     prototypes: int = 4096
+    held_out_crops: int = 32
 
     def changed(
         self,
@@ -116,6 +118,7 @@ _PLANS = {
         encoder=replace(_MICRO, crops=((1.0, 256),)),
         ldm=replace(_MICRO, crops=((1.0, 256),)),
         prototypes=64,
+        held_out_crops=4,
     ),
     # The paper's shapes, for a GPU: the schedule of Rombach et al. 2022 scaled to one card.
     "paper": Plan(

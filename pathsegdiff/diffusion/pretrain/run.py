@@ -176,7 +176,9 @@ class Pretraining:
     def _part(self, name: str) -> tuple[Part, dict[str, Any]]:
         preset = self.plan.preset
         if name == "autoencoder":
-            part: Part = AutoencoderPart(preset.autoencoder, self.pool, self.device)
+            part: Part = AutoencoderPart(
+                preset.autoencoder, self.pool, self.device, self.plan.held_out_crops
+            )
             return part, {"config": preset.autoencoder}
         if name == "encoder":
             assert isinstance(preset.encoder, EncoderConfig)
@@ -186,6 +188,7 @@ class Pretraining:
                 outputs=self.plan.prototypes,
                 seed=self.seed,
                 device=self.device,
+                held_out_crops=self.plan.held_out_crops,
             )
             return part, {"config": preset.encoder.to_dict(), "prototypes": self.plan.prototypes}
         autoencoder = build_autoencoder(preset.autoencoder)
@@ -208,6 +211,7 @@ class Pretraining:
             settings=self.plan.diffusion,
             seed=self.seed,
             device=self.device,
+            held_out_crops=self.plan.held_out_crops,
         )
         return part, {
             "config": preset.unet,
