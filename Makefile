@@ -6,16 +6,18 @@ BIN := $(VENV)/bin
 PSD := $(BIN)/psd
 CONSTRAINTS := tests/constraints.txt
 
-.PHONY: help setup demo test test-slow check format bench clean reproduce-table2
+.PHONY: help setup demo test test-slow check format bench clean reproduce-table2 \
+  gpu-pretrain-dry-run
 
 help:
-	@echo "make demo              the whole pipeline on embedded images; leaves demo/report.html"
-	@echo "make test              the test suite (make test-slow: the long ones too)"
-	@echo "make check             ruff, mypy and the import-direction tests"
-	@echo "make setup             .venv with PathSegDiff and what developers need"
-	@echo "make bench             stage 1 beside its bare forwards"
-	@echo "make reproduce-table2  Table 2 of the paper (needs the paper's weights and BCSS)"
-	@echo "make clean             remove .venv and caches; data, features, runs and models stay"
+	@echo "make demo                  the whole pipeline on embedded images; leaves demo/report.html"
+	@echo "make test                  the test suite (make test-slow: the long ones too)"
+	@echo "make check                 ruff, mypy and the import-direction tests"
+	@echo "make setup                 .venv with PathSegDiff and what developers need"
+	@echo "make bench                 stage 1 beside its bare forwards"
+	@echo "make gpu-pretrain-dry-run  pre-training in short turns, rehearsed on a CPU (a minute)"
+	@echo "make reproduce-table2      Table 2 of the paper (needs the paper's weights and BCSS)"
+	@echo "make clean                 remove .venv and caches; data, features, runs and models stay"
 
 $(VENV)/.user: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -51,6 +53,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.user
 	$(BIN)/python benchmarks/extraction.py
+
+gpu-pretrain-dry-run: $(VENV)/.user
+	$(BIN)/python benchmarks/gpu_pretrain_dry_run.py
 
 reproduce-table2: $(VENV)/.user
 	@$(PSD) reproduce table2
