@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from pathsegdiff.data.manifest import Dataset, open_dataset
-from pathsegdiff.device import resolve_device, resolve_precision
+from pathsegdiff.device import autocast, device_name, resolve_device, resolve_precision
 from pathsegdiff.diffusion.bundle import Bundle, load_bundle
 from pathsegdiff.diffusion.schedule import add_noise
-from pathsegdiff.features.extract import device_name, extract_dataset
+from pathsegdiff.features.extract import extract_dataset
 from pathsegdiff.features.stage_one import PreparedRegion, StageOne, View
 from pathsegdiff.provenance import versions
 
@@ -106,7 +106,7 @@ def bare(stage_one: StageOne, regions: list[PreparedRegion], view: View) -> floa
     ]
     begin = time.perf_counter()
     for images, noise in batches:
-        with stage_one._autocast():
+        with autocast(device, stage_one.precision):
             context = model.context(model.embed(images), len(images))
             latent = model.latent(images).float()
             x_t = add_noise(latent, noise, view.timestep, model.alphas_cumprod)

@@ -34,7 +34,12 @@ from cli.options import PATH, device_option, parts_options, precision_option, se
     show_default=True,
     help="Of the learning rate.",
 )
-@click.option("--taps", default="all", show_default=True, help="Such as up_05,up_08; or all.")
+@click.option(
+    "--taps",
+    default="all",
+    show_default=True,
+    help="Such as up_05,up_08; all; or the encoder's tokens, alone or too: all,tokens.",
+)
 @click.option(
     "--head-width",
     type=click.IntRange(4),
@@ -96,7 +101,7 @@ def train_head(
     crop_px = _parse_crop(crop)
 
     from cli.progress import TrainingProgress, duration
-    from pathsegdiff.config import parse_taps
+    from pathsegdiff.config import parse_head_inputs
     from pathsegdiff.device import resolve_device, resolve_precision
     from pathsegdiff.features.store import FeatureStore
     from pathsegdiff.segmentation import train
@@ -119,7 +124,7 @@ def train_head(
         crop_px=crop_px,
         learning_rate=lr,
         schedule=schedule,
-        taps=None if taps == "all" else parse_taps(taps),
+        taps=None if taps == "all" else parse_head_inputs(taps),
         head_width=head_width,
         augment=augment,
         normalize=normalize,

@@ -14,6 +14,10 @@ from pathsegdiff.errors import ConfigError
 
 #: The thirteen taps in the order in which the paper concatenates them (Danisetty et al. 2025).
 ALL_TAPS: tuple[str, ...] = ("middle", *(f"up_{index:02d}" for index in range(12)))
+#: The encoder's patch tokens: what a head can read beside the taps, or instead of them.
+TOKENS = "tokens"
+#: Everything that a head can read, in the order of its input channels.
+HEAD_INPUTS: tuple[str, ...] = (*ALL_TAPS, TOKENS)
 CONDITIONINGS: tuple[str, ...] = ("encoder", "none")
 #: What a store can hold features in.
 STORE_DTYPES: tuple[str, ...] = ("float16", "float32")
@@ -30,6 +34,28 @@ def parse_taps(text: str) -> tuple[str, ...]:
     if text.strip() == "all":
         return ALL_TAPS
     return order_taps([name.strip() for name in text.split(",") if name.strip()])
+
+
+def parse_head_inputs(text: str) -> tuple[str, ...]:
+    """Read what a head reads: taps, ``all`` of them, ``tokens``, or a list of these.
+
+    Raises:
+        ConfigError: If a name is none of these, or none is named.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    expanded = [tap for name in names for tap in (ALL_TAPS if name == "all" else (name,))]
+    return order_head_inputs(expanded)
+
+
+def order_head_inputs(names: Sequence[str]) -> tuple[str, ...]:
+    """As ``order_taps``, with the tokens last.
+
+    Raises:
+        ConfigError: If a name is no tap and not "tokens", or none is named.
+    """
+    taps = [name for name in names if name != TOKENS]
+    ordered = order_taps(taps) if taps or TOKENS not in names else ()
+    return (*ordered, TOKENS) if TOKENS in names else ordered
 
 
 def order_taps(names: Sequence[str]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Which device and precision to compute in (torch is imported when asked)."""
 
+import platform
 from typing import TYPE_CHECKING
 
 from pathsegdiff.config import PRECISIONS
@@ -46,3 +47,21 @@ def resolve_precision(name: str, device: "torch.device") -> str:
     if name not in PRECISIONS:
         raise ConfigError(f"precision must be auto or one of {', '.join(PRECISIONS)}, got {name!r}")
     return name
+
+
+def autocast(device: "torch.device", precision: str) -> "torch.autocast":
+    """The context that computes in a precision; it does nothing in float32."""
+    import torch
+
+    dtypes = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = dtypes[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def device_name(device: "torch.device") -> str:
+    """Name of the hardware, for provenance."""
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cli.main import run as psd
@@ -38,8 +39,6 @@ def place(tmp_path_factory):
 
 
 def test_an_image_of_the_data_set_is_segmented_as_its_stored_features_are(place):
-    import torch
-
     folder, bundle, store, run = place
     sample = store.samples("test")[0]
     image = np.array(Image.open(folder / "data" / "images" / "test_0.png"))
@@ -54,6 +53,28 @@ def test_an_image_of_the_data_set_is_segmented_as_its_stored_features_are(place)
         logits.softmax(0)[None], size=(300, 400), mode="bilinear"
     )[0]
     np.testing.assert_allclose(found, probabilities.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", [("tokens",), ("up_08", "up_11", "tokens")])
+def test_a_head_on_the_encoders_tokens_predicts_what_it_learnt_from(tmp_path, inputs):
+    bundle = make_bundle(tmp_path / "micro")
+    dataset = open_dataset(write_dataset(tmp_path / "data"))
+    stage_one = make_stage_one(bundle, tokens=True)
+    extract_dataset(dataset, bundle, stage_one, {T50: tmp_path / "s.zarr"})
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    settings = plan_settings(store, steps=3, batch_size=1, val="0.5", taps=inputs)
+    train_head(store, tmp_path / "run", settings)
+    run = load_run(tmp_path / "run")
+    assert run.config.settings["taps"] == list(inputs)
+    batch = RegionReader(store, run.config.levels).read(
+        [CropRequest(sample=store.samples("test")[0])]
+    )
+    with torch.inference_mode():
+        probabilities = run.head(batch)[0, :2].softmax(0)
+    image = np.array(Image.open(tmp_path / "data" / "images" / "test_0.png"))
+    found = Predictor(run, bundle).probabilities(image, "test_0")
+    stored = torch.nn.functional.interpolate(probabilities[None], (300, 400), mode="bilinear")[0]
+    np.testing.assert_allclose(found, stored.numpy(), atol=1e-4)
 
 
 def test_files_of_any_size_come_back_at_their_own_size(place, tmp_path):

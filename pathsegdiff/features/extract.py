@@ -14,10 +14,9 @@ from pathlib import Path
 from statistics import mode
 from typing import Any
 
-import torch
-
 from pathsegdiff.config import Recipe
 from pathsegdiff.data.manifest import Dataset, Region, Sample
+from pathsegdiff.device import device_name
 from pathsegdiff.diffusion.bundle import Bundle
 from pathsegdiff.errors import DataError, StoreError
 from pathsegdiff.features.stage_one import PreparedRegion, RegionFeatures, StageOne, View
@@ -220,13 +219,6 @@ def stored_sample(dataset: Dataset, sample: Sample) -> StoredSample:
         source_px=dataset.source_size(sample.source),
         extra={key: str(value) for key, value in sample.source.extra.items()},
     )
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the hardware, for provenance."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def _run(

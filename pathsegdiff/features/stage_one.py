@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pathsegdiff.config import order_taps
 from pathsegdiff.data.regions import cut_patches
+from pathsegdiff.device import autocast
 from pathsegdiff.diffusion.model import DiffusionModel
 from pathsegdiff.diffusion.noise import patch_noise
 from pathsegdiff.diffusion.schedule import add_noise
@@ -158,7 +159,7 @@ class StageOne:
             stop = min(start + self.batch_size, rows * columns)
             images = region.patches[start:stop].to(self.device).float() / 255
             noise = region.noise[start:stop].to(self.device)
-            with self._autocast():
+            with autocast(self.device, self.precision):
                 if self.tokens_level is None:
                     embedding = self.model.embed(images)
                 else:
@@ -169,7 +170,7 @@ class StageOne:
                 latent = self.model.latent(images).float()
             embeddings.append(embedding.float().cpu())
             for view in views:
-                with self._autocast():
+                with autocast(self.device, self.precision):
                     taps = self._taps(latent, noise, embedding, view)
                 for level in self.levels:
                     self._place(maps[view][level.name], level, taps, start, columns)
@@ -186,13 +187,6 @@ class StageOne:
         context = self.model.context(condition, len(latent))
         x_t = add_noise(latent, noise, view.timestep, self.model.alphas_cumprod)
         return self.model.taps(x_t, view.timestep, context, self.taps)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type,
-            dtype=_TORCH_DTYPES[self.precision] if self.precision != "float32" else torch.bfloat16,
-            enabled=self.precision != "float32",
-        )
 
     def _empty(self, levels: Sequence[Level], grid: tuple[int, int]) -> dict[str, Tensor]:
         return {

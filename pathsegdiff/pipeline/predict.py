@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from pathsegdiff.config import ALL_TAPS, TOKENS
 from pathsegdiff.data.image import image_size, read_image, shown
 from pathsegdiff.data.regions import check_mpp, resize_image
 from pathsegdiff.diffusion.bundle import Bundle, load_bundle
@@ -151,11 +152,13 @@ class Predictor:
         self.card = run.config.card
         self.view = View(timestep=recipe.timestep, conditioning=recipe.conditioning)
         # Only the taps that this head reads, whatever its store had besides.
-        taps = [tap for level in run.config.levels for tap, _ in level.taps]
+        inputs = [name for level in run.config.levels for name, _ in level.taps]
+        taps = [name for name in inputs if name != TOKENS]
         self.stage_one = StageOne(
             bundle.load(device=run.device),
             views=[self.view],
-            taps=taps,
+            taps=taps or ALL_TAPS[:1],
+            tokens=TOKENS in inputs,
             dtype=recipe.dtype,
             precision=recipe.precision,
             layout=recipe.layout,
@@ -239,7 +242,10 @@ class Predictor:
     @torch.inference_mode()
     def _window(self, image: np.ndarray, key: str) -> np.ndarray:
         prepared = self.stage_one.prepare(image, key)
-        arrays = self.stage_one.run(prepared).levels[self.view]
+        features = self.stage_one.run(prepared)
+        arrays = dict(features.levels[self.view])
+        if features.tokens is not None:
+            arrays[TOKENS] = features.tokens
         rows, columns = prepared.grid
         batch = grid_batch(
             self.run.config.levels,

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pathsegdiff.device import device_name
 from pathsegdiff.errors import RunError
 from pathsegdiff.features.store import FeatureStore, StoredSample
 from pathsegdiff.provenance import provenance
-from pathsegdiff.segmentation.loop import device_name
 from pathsegdiff.segmentation.losses import predict_labels
 from pathsegdiff.segmentation.runs import (
     CURVES_FILE,

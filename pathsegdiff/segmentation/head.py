@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pathsegdiff.config import ALL_TAPS
+from pathsegdiff.config import HEAD_INPUTS
 
 #: Image pixels per cell of the grid that the head reads; it multiplies by four again.
 GRID_STRIDE = 4
@@ -98,7 +98,7 @@ class FeatureBatch:
 class FCNHead(nn.Module):
     """Conv 3x3, two transposed convolutions that double, conv 3x3: features to K logits per pixel.
 
-    The input channels of the first convolution are in the order of the dense map (``ALL_TAPS``:
+    The input channels of the first convolution are in the order of the dense map (``HEAD_INPUTS``:
     coarse to fine), whichever form is called. Features are standardised per channel first, with
     buffers that are no parameters; as made, they change nothing.
 
@@ -164,7 +164,7 @@ class FCNHead(nn.Module):
         """Logits from the dense map, the plain way: the reference for ``forward``.
 
         Args:
-            features: (B, C, M, N), channels in the order of ``ALL_TAPS``.
+            features: (B, C, M, N), channels in the order of ``HEAD_INPUTS``.
 
         Returns:
             (B, K, 4 M, 4 N) logits.
@@ -248,11 +248,11 @@ def _dense_columns(levels: Sequence[HeadLevel]) -> tuple[slice | Tensor, ...]:
     channels: dict[str, int] = {}
     for level in levels:
         for tap, count in level.taps:
-            if tap not in ALL_TAPS or tap in channels:
+            if tap not in HEAD_INPUTS or tap in channels:
                 raise ValueError(f"tap {tap!r} is unknown, or stands in two levels")
             channels[tap] = count
     starts, start = {}, 0
-    for tap in sorted(channels, key=ALL_TAPS.index):
+    for tap in sorted(channels, key=HEAD_INPUTS.index):
         starts[tap] = start
         start += channels[tap]
     found: list[slice | Tensor] = []

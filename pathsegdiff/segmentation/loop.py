@@ -11,9 +11,6 @@ import itertools
 import json
 import logging
 import math
-import platform
-import signal
-import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -22,15 +19,16 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from pathsegdiff.device import device_name
 from pathsegdiff.errors import RunError
 from pathsegdiff.files import replace_file
+from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.segmentation.runs import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
@@ -173,7 +171,7 @@ class TrainingLoop(ABC, Generic[Batch]):
         """Whether the step that was just done is validated."""
 
     @abstractmethod
-    def validate(self, interrupt: "Interrupt") -> Row:
+    def validate(self, interrupt: Interrupt) -> Row:
         """Scores of the network as it is: val_loss, val_miou, val_dice, val_accuracy."""
 
     @abstractmethod
@@ -279,7 +277,7 @@ class TrainingLoop(ABC, Generic[Batch]):
             f"{kept}; train again with {self.lower_rate()}, and another --out"
         )
 
-    def _validate_if_due(self, interrupt: "Interrupt") -> tuple[bool, Row | None]:
+    def _validate_if_due(self, interrupt: Interrupt) -> tuple[bool, Row | None]:
         """Whether the training is over, which is said right after a validation only, and its row.
 
         Asked once before the validation: a clock that runs out later must not take the last row.
@@ -458,19 +456,6 @@ def quality(row: Row) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision, or nothing in float32."""
-    dtype = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def device_name(device: torch.device) -> str:
-    """For provenance."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
 def draw_curves(path: Path, rows: Sequence[Row], loss_title: str) -> None:
     """Loss and validation scores over the steps, as one PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -527,38 +512,6 @@ def only_trainer(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-class Interrupt:
-    """Whether Ctrl-C was pressed since the training began."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def handle(self, signal_number: int, frame: FrameType | None) -> None:
-        """The signal handler: remember the first, obey the second."""
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def raise_if_requested(self) -> None:
-        """Stop here, where the state is whole."""
-        if self.requested:
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Interrupt]:
-    """Let Ctrl-C wait for the end of a step: half a step would leave half-updated weights."""
-    interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-    previous = signal.signal(signal.SIGINT, interrupt.handle)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, previous or signal.default_int_handler)
 
 
 _SHORT_NAMES = {

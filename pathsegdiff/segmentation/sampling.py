@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from pathsegdiff.config import ALL_TAPS
+from pathsegdiff.config import HEAD_INPUTS
 from pathsegdiff.errors import RunError
 from pathsegdiff.features.store import FeatureStore, StoredSample
 from pathsegdiff.grid import patchwise_matrix
@@ -73,19 +73,24 @@ def head_levels(store: FeatureStore, taps: Sequence[str] | None = None) -> tuple
 
     Args:
         store: Open for reading.
-        taps: Those to read; None for all that the store has.
+        taps: Those to read, "tokens" among them or alone; None for all taps that the store has.
 
     Raises:
-        RunError: If the store lacks a tap.
+        RunError: If the store lacks a tap, or the tokens.
     """
-    stored = {tap.name for level in store.levels.values() for tap in level.taps}
-    wanted = [tap for tap in ALL_TAPS if tap in (stored if taps is None else taps)]
-    missing = [tap for tap in wanted if tap not in stored]
+    levels = [*store.levels.values()]
+    if taps is None:
+        taps = [tap.name for level in levels for tap in level.taps]
+    if store.tokens_level is not None:
+        levels.append(store.tokens_level)
+    stored = {tap.name for level in levels for tap in level.taps}
+    wanted = [name for name in HEAD_INPUTS if name in taps]
+    missing = [name for name in wanted if name not in stored]
     if missing:
-        kept = ", ".join(tap for tap in ALL_TAPS if tap in stored)
+        kept = ", ".join(name for name in HEAD_INPUTS if name in stored)
         raise RunError(f"{store.path} has no tap {missing[0]}; choose --taps among {kept}")
     found = []
-    for level in sorted(store.levels.values(), key=lambda level: level.stride):
+    for level in sorted(levels, key=lambda level: level.stride):
         channels = tuple(
             (tap.name, tap.stop - tap.start) for tap in level.taps if tap.name in wanted
         )

@@ -16,21 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from pathsegdiff.config import content_hash, order_taps
+from pathsegdiff.config import content_hash, order_head_inputs
 from pathsegdiff.data.labels import LabelScheme
+from pathsegdiff.device import autocast, device_name
 from pathsegdiff.errors import RunError
 from pathsegdiff.evaluation.confusion import confusion_matrix, scores
 from pathsegdiff.features.store import FeatureStore, StoredSample
+from pathsegdiff.interrupt import Interrupt
 from pathsegdiff.provenance import provenance
 from pathsegdiff.segmentation.head import FCNHead, FeatureBatch
 from pathsegdiff.segmentation.loop import (
-    Interrupt,
     Progress,
     Row,
     TrainingLoop,
     TrainResult,
-    autocast,
-    device_name,
     finished_before,
     folder_name,
     only_trainer,
@@ -120,7 +119,7 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "taps", order_taps(self.taps))
+        object.__setattr__(self, "taps", order_head_inputs(self.taps))
         if (self.epochs is None) == (self.steps is None):
             raise RunError("give --epochs or --steps, not both")
         for option, value in (

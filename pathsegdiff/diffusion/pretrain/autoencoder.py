@@ -8,7 +8,7 @@ Shapes: B = crops, S = crop_px, C, h, w = of the latent.
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class AutoencoderPart(Part):
         device: torch.device,
         held_out_crops: int = 32,
     ) -> None:
-        self.model: Any = build_autoencoder(config).to(device)
+        self.model = cast(Any, build_autoencoder(config).to(device))
         self.model.to(memory_format=torch.channels_last)
         self.pool, self.device = pool, device
         self.held_out_crops = held_out_crops

@@ -11,23 +11,22 @@ import json
 import logging
 import math
 import os
-import signal
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pathsegdiff.device import autocast
 from pathsegdiff.diffusion.third_party import EMAModel
 from pathsegdiff.errors import RunError
 from pathsegdiff.files import replace_file
+from pathsegdiff.interrupt import deferred_interrupt
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ SETTINGS_FILE = "settings.json"
 _MAX_SKIPPED = 20
 #: Threads that read crops. More do not help: a part of it holds Python's lock.
 _MOST_READERS = 4
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Figures = dict[str, float]
 
 
@@ -245,7 +243,7 @@ class TrainingLoop:
         began, before = time.monotonic(), self.seconds
         saved = began
         torch.manual_seed(self.settings.seed)
-        with _deferred_interrupt() as interrupted, _reader(self.part) as read:
+        with deferred_interrupt() as interrupt, _reader(self.part) as read:
             while not self.finished:
                 self._train_step(read(self.step, self.settings))
                 self.seconds = before + time.monotonic() - began
@@ -256,11 +254,10 @@ class TrainingLoop:
                     progress(self._state())
                 now = time.monotonic()
                 out_of_time = stop_at is not None and now >= stop_at
-                if last or interrupted() or out_of_time or now - saved > checkpoint_seconds:
+                if last or interrupt.requested or out_of_time or now - saved > checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
-                if interrupted():
-                    raise KeyboardInterrupt
+                interrupt.raise_if_requested()
                 if out_of_time:
                     break
         return self.finished
@@ -392,14 +389,6 @@ class TrainingLoop:
 _PLAIN = ("step", "seconds", "learning_rate")
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context that a precision asks for."""
-    lower = precision != "float32"
-    return torch.autocast(
-        device.type, dtype=_DTYPES[precision] if lower else torch.bfloat16, enabled=lower
-    )
-
-
 def _csv(rows: list[Figures]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
@@ -432,26 +421,3 @@ def _reader(part: Part) -> Iterator[Callable[[int, LoopSettings], Any]]:
         yield read
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM wait for the end of a step; a second one does not wait."""
-    pressed = False
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, handle) for number in signals}
-    try:
-        yield lambda: pressed
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pathsegdiff.device import device_name
 from pathsegdiff.diffusion.autoencoder import build_autoencoder, latent_stride
 from pathsegdiff.diffusion.bundle import (
     Bundle,
@@ -257,7 +258,7 @@ class Pretraining:
         facts: dict[str, Any] = {
             "steps": loop.step,
             "hours": round(loop.seconds / 3600, 2),
-            "hardware": _hardware(self.device),
+            "hardware": device_name(self.device),
             "precision": loop.settings.precision,
             "images": len(self.pool.train),
             "held out": len(self.pool.held_out),
@@ -297,12 +298,6 @@ class Pretraining:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             raise RunError(f"{file} is missing or damaged; run `psd pretrain {part}`") from None
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _half(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pathsegdiff.data.manifest import Dataset, Region
+from pathsegdiff.device import device_name
 from pathsegdiff.errors import RunError
 from pathsegdiff.features.store import StoredSample
 from pathsegdiff.pipeline.baselines.images import Images, Picture
@@ -27,7 +28,6 @@ from pathsegdiff.provenance import provenance
 from pathsegdiff.segmentation.loop import (
     Progress,
     TrainResult,
-    device_name,
     finished_before,
     only_trainer,
     refuse_differences,

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pathsegdiff.device import autocast
 from pathsegdiff.evaluation.confusion import confusion_matrix, scores
+from pathsegdiff.interrupt import Interrupt
 from pathsegdiff.pipeline.baselines.images import ImageBatch, Picture, to_tensor, training_batch
 from pathsegdiff.pipeline.baselines.networks import normalise
 from pathsegdiff.pipeline.baselines.runs import (
@@ -26,7 +28,7 @@ from pathsegdiff.pipeline.baselines.runs import (
     WEIGHT_DECAY,
     BaselineSettings,
 )
-from pathsegdiff.segmentation.loop import Interrupt, Progress, Row, TrainingLoop, autocast
+from pathsegdiff.segmentation.loop import Progress, Row, TrainingLoop
 from pathsegdiff.segmentation.losses import (
     cross_entropy_sums,
     predict_labels,
