@@ -33,13 +33,9 @@ def list_models() -> None:
       psd models list
     """
     from pathsegdiff.diffusion.bundle import list_bundles, models_dir, read_card
-    from pathsegdiff.diffusion.presets import PRESETS
     from pathsegdiff.errors import BundleError
 
     for name, folder in list_bundles().items():
-        if folder is None:
-            click.echo(f"{name}  random weights  made on first use  {PRESETS[name].title}")
-            continue
         try:
             card = read_card(folder)
         except BundleError as error:  # one bad folder must not hide the others

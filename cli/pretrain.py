@@ -47,6 +47,11 @@ if TYPE_CHECKING:
 @click.option(
     "--licence", default="not stated", show_default=True, help="Of the weights, for the card."
 )
+@click.option(
+    "--trained-on",
+    metavar="TEXT",
+    help="Data and their attribution, for the card [default: names and number of the images].",
+)
 @click.option("--steps", type=click.IntRange(1), help="Of each part [default: the preset's].")
 @click.option("--batch-size", type=click.IntRange(1), help="[default: the preset's]")
 @click.option(
@@ -69,6 +74,7 @@ def pretrain(
     work: Path | None,
     name: str | None,
     licence: str,
+    trained_on: str | None,
     steps: int | None,
     batch_size: int | None,
     minutes: float | None,
@@ -127,6 +133,11 @@ def pretrain(
             name=name or out.name,
             title=plan.preset.title,
             licence=licence,
-            data=", ".join(sources),
+            data=trained_on or _names(sources, len(pool.train)),
         )
         click.echo(f"{bundle.path}: {bundle.card.num_channels} channels; use it as --model {out}")
+
+
+def _names(sources: tuple[str, ...], count: int) -> str:
+    """The sources without the folders that they lie in, which say nothing elsewhere."""
+    return f"{count} images of {', '.join(Path(source).name for source in sources)}"

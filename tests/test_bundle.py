@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pathsegdiff.config import ALL_TAPS
+from pathsegdiff.data.manifest import open_dataset
 from pathsegdiff.diffusion import bundle as bundles
 from pathsegdiff.diffusion.bundle import (
     ModelCard,
@@ -21,6 +22,7 @@ from pathsegdiff.diffusion.bundle import (
 )
 from pathsegdiff.diffusion.conditioning import Conditioner
 from pathsegdiff.diffusion.presets import PRESETS, build_random
+from pathsegdiff.diffusion.pretrain.autoencoder import psnr, reconstruct
 from pathsegdiff.diffusion.third_party import UNet2DConditionModel, VQModel
 from pathsegdiff.errors import BundleError, ConfigError
 
@@ -377,3 +379,35 @@ def test_float32_on_disk_is_kept(tmp_path):
     state = load_file(bundle.path / "conditioner/model.safetensors")
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert isinstance(bundle.load().conditioner, Conditioner)
+
+
+def test_the_embedded_model_is_trained_and_small():
+    bundle = load_bundle("tiny")
+    assert bundle.card.trained
+    assert bundle.path == bundles.EMBEDDED / "tiny"
+    files = [path for path in bundle.path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 32_000_000
+    notes = bundle.card.provenance
+    assert float(notes["ldm: held_out_conditioned"]) < float(notes["ldm: held_out_null"])
+    assert "EBHI" in notes["trained on"]
+    assert "GlaS" not in json.dumps(notes)
+
+
+def test_the_embedded_autoencoder_keeps_what_an_image_holds():
+    dataset = open_dataset("demo")
+    model = load_bundle("tiny").load()
+    region = dataset.read(dataset.split_samples("test")[0]).image
+    image = torch.from_numpy(region[:256, :256]).permute(2, 0, 1)[None] / 255
+    assert psnr(image, reconstruct(model.autoencoder, image)) > 26
+
+
+def test_the_embedded_unet_predicts_the_noise_of_a_tissue_patch():
+    dataset = open_dataset("demo")
+    model = load_bundle("tiny").load()
+    region = dataset.read(dataset.split_samples("test")[0]).image
+    image = torch.from_numpy(region[:256, :256]).permute(2, 0, 1)[None] / 255
+    noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    x_t = model.add_noise(model.latent(image), noise, 400)
+    predicted = model.predict_noise(x_t, 400, model.context(model.embed(image), 1))
+    # Random weights have an error of 1 and more: noise has a variance of 1.
+    assert (predicted - noise).square().mean().item() < 0.4

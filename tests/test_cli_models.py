@@ -77,7 +77,7 @@ def test_list_names_what_is_there_and_what_is_broken(tmp_path, monkeypatch):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.json").write_text(json.dumps({"format": 1}))
     lines = _run("models", "list").output.splitlines()
-    assert lines[0].startswith("tiny  random weights  made on first use")
+    assert lines[0].startswith("tiny  trained  1296 channels")
     assert lines[1].startswith("broken  unusable: ")
     assert lines[2].startswith("mine  random weights  272 channels")
     assert str(tmp_path) in lines[3]

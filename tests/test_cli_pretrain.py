@@ -21,6 +21,7 @@ def test_all_makes_a_bundle_and_a_time_limit_stops_it_in_between(common, tmp_pat
     card = load_bundle(tmp_path / "mine").card
     assert card.trained
     assert card.name == "mine"
+    assert card.provenance["trained on"].endswith("images of demo")
 
 
 def test_a_bundle_that_exists_is_not_overwritten(common, tmp_path, capsys):

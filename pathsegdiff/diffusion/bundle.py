@@ -49,6 +49,8 @@ from pathsegdiff.files import file_sha256
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "model.json"
+#: Bundles that are part of the package.
+EMBEDDED = Path(__file__).parent / "embedded"
 #: Image pixels along one side of what every model here sees.
 PATCH_PX = 256
 #: Written into every card; another number is another layout of the folder.
@@ -358,17 +360,13 @@ def models_dir() -> Path:
 
 
 def resolve_bundle(name_or_path: str | Path) -> Path:
-    """Folder of a bundle: "tiny", a name in ``models_dir()``, or a path.
-
-    ``tiny`` has random weights (seed 0) so far and is made on first use.
+    """Folder of a bundle: one that is embedded ("tiny"), a name in ``models_dir()``, or a path.
 
     Raises:
         BundleError: If there is no such bundle.
     """
     name = str(name_or_path)
-    if name == "tiny":
-        return _random_tiny()
-    for folder in (Path(name), models_dir() / name):
+    for folder in (EMBEDDED / name, Path(name), models_dir() / name):
         if (folder / CARD_FILE).is_file():
             return folder
     if Path(name).is_dir():
@@ -377,34 +375,14 @@ def resolve_bundle(name_or_path: str | Path) -> Path:
     raise BundleError(f"no model called {name!r}: there are {known}; or give a bundle folder")
 
 
-def list_bundles() -> dict[str, Path | None]:
-    """Names that ``resolve_bundle`` knows -> folder, None where it is made on first use."""
-    found: dict[str, Path | None] = {"tiny": None}
-    folder = models_dir()
-    if folder.is_dir():
+def list_bundles() -> dict[str, Path]:
+    """Names that ``resolve_bundle`` knows -> folder; the embedded ones first."""
+    found: dict[str, Path] = {}
+    for folder in (EMBEDDED, models_dir()):
         for card in sorted(folder.glob(f"*/{CARD_FILE}")):
-            if card.parent == _tiny_folder():
-                found["tiny"] = card.parent
-            elif not card.parent.name.startswith((".", "tiny-random-")):
-                found[card.parent.name] = card.parent
+            if not card.parent.name.startswith("."):
+                found.setdefault(card.parent.name, card.parent)
     return found
-
-
-def _tiny_folder() -> Path:
-    # the digest keeps a folder that an older version made from being taken for this one's
-    return models_dir() / f"tiny-random-{PRESETS['tiny'].digest()}"
-
-
-def _random_tiny() -> Path:
-    folder = _tiny_folder()
-    if not (folder / CARD_FILE).is_file():
-        logger.info("making the random weights of tiny in %s", folder)
-        try:
-            init_bundle("tiny", seed=0, out=folder)
-        except BundleError:  # another process was faster
-            if not (folder / CARD_FILE).is_file():
-                raise
-    return folder
 
 
 def load_bundle(name_or_path: str | Path) -> Bundle:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pathsegdiff.config import content_hash
 from pathsegdiff.diffusion.autoencoder import build_autoencoder, latent_channels, latent_stride
 from pathsegdiff.diffusion.conditioning import Conditioner
 from pathsegdiff.diffusion.conv_encoder import ConvEncoderConfig
@@ -45,19 +44,6 @@ class Preset:
     unet: dict[str, Any]
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     latent_scale: float = 1.0
-
-    def digest(self) -> str:
-        """Eight hex digits that change with any setting."""
-        settings = [
-            self.encoder.to_dict(),
-            self.conditioner,
-            self.autoencoder,
-            self.unet,
-            self.schedule.to_dict(),
-            self.latent_scale,
-            self.head_width,
-        ]
-        return content_hash(settings)[:8]
 
     def build(self) -> dict[str, nn.Module]:
         """The four networks with whatever weights the current random state gives."""
