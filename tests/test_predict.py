@@ -18,6 +18,7 @@ from pathsegdiff.pipeline.predict import (
     region_size,
     window_starts,
 )
+from pathsegdiff.segmentation.evaluate import evaluate_run
 from pathsegdiff.segmentation.runs import load_run
 from pathsegdiff.segmentation.sampling import CropRequest, RegionReader
 from pathsegdiff.segmentation.train import plan_settings, train_head
@@ -66,6 +67,7 @@ def test_a_head_on_the_encoders_tokens_predicts_what_it_learnt_from(tmp_path, in
     train_head(store, tmp_path / "run", settings)
     run = load_run(tmp_path / "run")
     assert run.config.settings["taps"] == list(inputs)
+    assert evaluate_run(run, store).samples == 1
     batch = RegionReader(store, run.config.levels).read(
         [CropRequest(sample=store.samples("test")[0])]
     )

@@ -197,6 +197,12 @@ class FeatureStore:
         """In tap order, which is the channel order of the dense map."""
         return self.recipe.taps
 
+    @property
+    def head_levels(self) -> tuple[Level, ...]:
+        """What a head can read: the levels, and the tokens where the store has them."""
+        tokens = () if self.tokens_level is None else (self.tokens_level,)
+        return (*self.levels.values(), *tokens)
+
     @cached_property
     def num_channels(self) -> int:
         """Of the dense map: 7296 for every tap of the paper's model."""

@@ -268,7 +268,7 @@ def check_fits(run: Run, store: FeatureStore) -> None:
         raise RunError(f"{run.path} was trained on other classes than {store.path} holds")
     stored = {
         tap.name: (level.name, tap.stop - tap.start)
-        for level in store.levels.values()
+        for level in store.head_levels
         for tap in level.taps
     }
     for level in run.config.levels:

@@ -78,19 +78,16 @@ def head_levels(store: FeatureStore, taps: Sequence[str] | None = None) -> tuple
     Raises:
         RunError: If the store lacks a tap, or the tokens.
     """
-    levels = [*store.levels.values()]
     if taps is None:
-        taps = [tap.name for level in levels for tap in level.taps]
-    if store.tokens_level is not None:
-        levels.append(store.tokens_level)
-    stored = {tap.name for level in levels for tap in level.taps}
+        taps = [tap.name for level in store.levels.values() for tap in level.taps]
+    stored = {tap.name for level in store.head_levels for tap in level.taps}
     wanted = [name for name in HEAD_INPUTS if name in taps]
     missing = [name for name in wanted if name not in stored]
     if missing:
         kept = ", ".join(name for name in HEAD_INPUTS if name in stored)
         raise RunError(f"{store.path} has no tap {missing[0]}; choose --taps among {kept}")
     found = []
-    for level in sorted(levels, key=lambda level: level.stride):
+    for level in sorted(store.head_levels, key=lambda level: level.stride):
         channels = tuple(
             (tap.name, tap.stop - tap.start) for tap in level.taps if tap.name in wanted
         )

@@ -28,7 +28,7 @@ _KIND = "pathsegdiff parts 1"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}){0,3}")
 _PLAIN_FILE = (tarfile.REGTYPE, tarfile.AREGTYPE)
 #: More would be no archive that this program made; it also bounds what a gzip can swell to.
-_MOST_SWELLING, _MOST_BYTES, _MOST_PARTS = 64, 4 << 30, 100
+_MOST_SWELLING, _MOST_BYTES, _MOST_PARTS = 16, 4 << 30, 100
 _MAX_INDEX_BYTES = 1 << 20
 _CHUNK = 1 << 20
 

@@ -7,8 +7,9 @@ What is left out comes back by itself:
 - Adam's first moment starts from zero: with beta1 = 0.9 it forgets within some ten steps;
 - Adam's second moment is kept as the means of its rows and columns, whose product stands for it
   (Adafactor, Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235). With beta2 = 0.99 the true
-  one is back within some hundred steps. Until then no step is too large: even a second moment of
-  zero makes the k-th step at most (1 - 0.9^k) / sqrt(1 - 0.99^k) < 2.2 times that of Adam.
+  one is back within some hundred steps. Until then no step is too large: whatever the second moment
+  starts from, gradients g since then give |sum of 0.1 * 0.9^i g_i| / sqrt(sum of 0.01 * 0.99^i g_i^2)
+  <= sqrt(1 / (1 - 0.81 / 0.99)) = 2.35 learning rates (Cauchy-Schwarz), as for Adam at any time.
 
 Shapes: O = output rows of a parameter, K = its other entries.
 """
