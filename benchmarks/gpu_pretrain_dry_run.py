@@ -65,7 +65,7 @@ def rehearse(folder: Path) -> None:
     far = (before.batch(3, 0, 8, 256).float() - after.batch(3, 0, 8, 256).float()).abs().mean()
     check(far < 12, f"the same crops are cut: {far:.1f} grey levels apart")
 
-    settings = ["--preset", "micro", "--minutes", "5", "--device", "cpu"]
+    settings = ["--preset", "micro", "--minutes", "60", "--device", "cpu"]
     here, there = machine(folder / "here"), machine(folder / "there")
     shutil.copyfile(archive, here / "images.tar")
     turn = ["--images", "images.tar", *settings]
@@ -113,7 +113,7 @@ def random_encoder(folder: Path) -> Path:
 
 def machine(folder: Path) -> Path:
     """A folder with a copy of what a turn needs, as another machine would have it."""
-    ignore = shutil.ignore_patterns("__pycache__", "demo")
+    ignore = shutil.ignore_patterns("__pycache__", "demo", "embedded")
     shutil.copytree(ROOT / "pathsegdiff", folder / "pathsegdiff", ignore=ignore)
     (folder / "benchmarks").mkdir()
     shutil.copy(ROOT / "benchmarks" / "gpu_pretrain.py", folder / "benchmarks")

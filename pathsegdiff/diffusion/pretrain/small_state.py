@@ -8,8 +8,9 @@ What is left out comes back by itself:
 - Adam's second moment is kept as the means of its rows and columns, whose product stands for it
   (Adafactor, Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235). With beta2 = 0.99 the true
   one is back within some hundred steps. Until then no step is too large: whatever the second moment
-  starts from, gradients g since then give |sum of 0.1 * 0.9^i g_i| / sqrt(sum of 0.01 * 0.99^i g_i^2)
-  <= sqrt(1 / (1 - 0.81 / 0.99)) = 2.35 learning rates (Cauchy-Schwarz), as for Adam at any time.
+  starts from, the gradients g_i since then, latest first, give a step of at most
+  |sum 0.1 * 0.9^i g_i| / sqrt(sum 0.01 * 0.99^i g_i^2) <= sqrt(1 / (1 - 0.81 / 0.99)) = 2.35
+  learning rates (Cauchy-Schwarz), as for Adam at any time.
 
 Shapes: O = output rows of a parameter, K = its other entries.
 """
