@@ -103,9 +103,9 @@ def test_an_unknown_preset_names_the_known():
         init_bundle("huge", 0, None)
 
 
-def test_tiny_is_small_and_has_1216_channels(tmp_path):
+def test_tiny_is_small_and_has_1296_channels(tmp_path):
     bundle = init_bundle("tiny", 0, tmp_path / "tiny")
-    assert bundle.card.num_channels == 1216
+    assert bundle.card.num_channels == 1296
     assert bundle.card.head_width == 64
     assert [tap.name for tap in bundle.card.taps] == list(ALL_TAPS)
     size = sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file())
@@ -152,17 +152,14 @@ def test_a_folder_and_a_name_are_found(micro, monkeypatch, tmp_path):
     shutil.copytree(micro.path, tmp_path / "mine")
     assert resolve_bundle("mine") == tmp_path / "mine"
     assert resolve_bundle(str(micro.path)) == micro.path
-    assert list_bundles() == {"tiny": None, "mine": tmp_path / "mine"}
+    assert list_bundles() == {"tiny": bundles.EMBEDDED / "tiny", "mine": tmp_path / "mine"}
 
 
-def test_tiny_is_made_on_first_use_and_then_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv("PSD_MODELS", str(tmp_path / "models"))
-    first = resolve_bundle("tiny")
-    time = (first / "model.json").stat().st_mtime_ns
-    assert resolve_bundle("tiny") == first
-    assert (first / "model.json").stat().st_mtime_ns == time
-    assert list_bundles() == {"tiny": first}
-    assert load_bundle("tiny").card.name == "tiny"
+def test_a_folder_called_tiny_does_not_hide_the_embedded_one(micro, monkeypatch, tmp_path):
+    monkeypatch.setenv("PSD_MODELS", str(tmp_path))
+    shutil.copytree(micro.path, tmp_path / "tiny")
+    assert resolve_bundle("tiny") == bundles.EMBEDDED / "tiny"
+    assert resolve_bundle(tmp_path / "tiny") == tmp_path / "tiny"
 
 
 def test_what_is_no_model_is_one_line(tmp_path, monkeypatch):
@@ -397,7 +394,7 @@ def test_the_embedded_autoencoder_keeps_what_an_image_holds():
     dataset = open_dataset("demo")
     model = load_bundle("tiny").load()
     region = dataset.read(dataset.split_samples("test")[0]).image
-    image = torch.from_numpy(region[:256, :256]).permute(2, 0, 1)[None] / 255
+    image = torch.from_numpy(region[:256, :256].copy()).permute(2, 0, 1)[None] / 255
     assert psnr(image, reconstruct(model.autoencoder, image)) > 26
 
 
@@ -405,7 +402,7 @@ def test_the_embedded_unet_predicts_the_noise_of_a_tissue_patch():
     dataset = open_dataset("demo")
     model = load_bundle("tiny").load()
     region = dataset.read(dataset.split_samples("test")[0]).image
-    image = torch.from_numpy(region[:256, :256]).permute(2, 0, 1)[None] / 255
+    image = torch.from_numpy(region[:256, :256].copy()).permute(2, 0, 1)[None] / 255
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     x_t = model.add_noise(model.latent(image), noise, 400)
     predicted = model.predict_noise(x_t, 400, model.context(model.embed(image), 1))
