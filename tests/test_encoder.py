@@ -97,7 +97,7 @@ def test_settings_survive_a_round_trip():
     [
         ([], "must be a JSON object"),
         ({"heads": 3}, "no setting 'heads'; there are architecture, embed_dim"),
-        ({"architecture": "resnet"}, "architecture must be 'vit', got 'resnet'"),
+        ({"architecture": "resnet"}, "architecture must be 'vit' or 'cnn', got 'resnet'"),
         ({"depth": 0}, "depth must be 1 to 128, got 0"),
         ({"depth": 10**9}, "depth must be 1 to 128"),
         ({"depth": True}, "depth must be 1 to 128"),

@@ -39,6 +39,13 @@ def folder(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def archive(folder, tmp_path_factory):
+    made = tmp_path_factory.mktemp("archive") / "images.tar"
+    travel.pack_images(find_images([str(folder)]), made)
+    return made
+
+
 @pytest.fixture
 def encoder(tmp_path):
     made = tmp_path / "encoder"
@@ -94,9 +101,8 @@ def test_a_finished_encoder_goes_along_as_float16(folder, encoder, tmp_path):
         travel.pack_images(find_images([str(folder)]), archive, encoder=tmp_path)
 
 
-def test_packed_images_are_not_scaled_again(folder, tmp_path):
-    travel.pack_images(find_images([str(folder)]), tmp_path / "images.tar")
-    travel.unpack_images(tmp_path / "images.tar", tmp_path / "images")
+def test_packed_images_are_not_scaled_again(archive, tmp_path):
+    travel.unpack_images(archive, tmp_path / "images")
     with pytest.raises(DataError, match="bring their scales along"):
         open_pool([f"{tmp_path / 'images'}@2"])
 
@@ -104,9 +110,8 @@ def test_packed_images_are_not_scaled_again(folder, tmp_path):
 @pytest.mark.parametrize(
     "entry", [{"file": "../secret.webp"}, {"file": "/etc/passwd"}, {"scale": "2"}, {"group": 3}]
 )
-def test_a_hostile_index_is_refused(folder, tmp_path, entry):
-    travel.pack_images(find_images([str(folder)]), tmp_path / "images.tar")
-    travel.unpack_images(tmp_path / "images.tar", tmp_path / "images")
+def test_a_hostile_index_is_refused(archive, tmp_path, entry):
+    travel.unpack_images(archive, tmp_path / "images")
     index = tmp_path / "images" / INDEX_FILE
     values = json.loads(index.read_text())
     values["images"][2] |= entry
@@ -157,14 +162,13 @@ def test_an_archive_that_swells_is_refused(tmp_path):
         travel.unpack_images(archive, tmp_path / "images")
 
 
-def test_a_damaged_archive_is_one_line(folder, tmp_path):
-    archive = tmp_path / "images.tar"
-    travel.pack_images(find_images([str(folder)]), archive)
+def test_a_damaged_archive_is_one_line(archive, tmp_path):
     whole = archive.read_bytes()
+    broken = tmp_path / "images.tar"
     for damaged in (whole[: len(whole) // 2], b"no archive", gzip.compress(b"x" * 2000)):
-        archive.write_bytes(damaged)
+        broken.write_bytes(damaged)
         with pytest.raises(DataError, match="damaged") as error:
-            travel.unpack_images(archive, tmp_path / "images")
+            travel.unpack_images(broken, tmp_path / "images")
         assert "\n" not in str(error.value)
     with pytest.raises(DataError, match="cannot be read"):
         travel.unpack_images(tmp_path / "missing.tar", tmp_path / "images")
