@@ -23,6 +23,7 @@ COMMANDS = {
     "data": "cli.data:data",
     "cache": "cli.cache:cache",
     "probe": "cli.probe:probe",
+    "sweep": "cli.sweep:sweep",
     "baseline": "cli.baseline:baseline",
     "reproduce": "cli.reproduce:reproduce",
 }
@@ -38,6 +39,7 @@ _SHORT_HELP = {
     "data": "Data sets: what is needed, where from, is it whole.",
     "cache": "Feature stores: contents, integrity, repair, export.",
     "probe": "One patch through stage 1, every number saved.",
+    "sweep": "A grid of heads: timesteps, taps, learning rates, widths, few images.",
     "baseline": "A network on the images themselves, to compare with.",
     "reproduce": "The paper's tables.",
 }

@@ -98,7 +98,7 @@ def train_head(
     """
     if epochs is not None and steps is not None:
         raise click.UsageError("give --epochs or --steps, not both")
-    crop_px = _parse_crop(crop)
+    crop_px = parse_crop(crop)
 
     from cli.progress import TrainingProgress, duration
     from pathsegdiff.config import parse_head_inputs
@@ -147,7 +147,8 @@ def train_head(
     click.echo(f"kept: step {kept['step']:.0f}{quality}: {out}")
 
 
-def _parse_crop(text: str) -> int | str | None:
+def parse_crop(text: str) -> int | str | None:
+    """``--crop``: pixels, "auto", or None for whole regions."""
     if text in ("none", "auto"):
         return None if text == "none" else text
     try:

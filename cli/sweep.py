@@ -1,0 +1,190 @@
+"""``psd sweep``: a grid of heads over stores that are there."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cli.options import PATH, device_option, precision_option
+
+if TYPE_CHECKING:
+    from pathsegdiff.pipeline.sweep import Outcome
+
+Value = TypeVar("Value")
+
+
+@click.command()
+@click.option(
+    "--features",
+    "stores",
+    type=PATH,
+    multiple=True,
+    required=True,
+    help="Feature store; give one for each timestep, condition or model to compare.",
+)
+@click.option(
+    "--taps",
+    multiple=True,
+    help="As train-head has it, given once per setting; each: every tap alone, and all "
+    "[default: all].",
+)
+@click.option("--lr", default="1e-4", show_default=True, metavar="X[,X...]", help="Learning rates.")
+@click.option("--head-width", "widths", metavar="W[,W...]", help="[default: as the model says]")
+@click.option("--limit-images", "limits", metavar="N[,N...]", help="Training images [default: all].")
+@click.option(
+    "--fold",
+    "folds",
+    metavar="K[,K...]",
+    help="Hold out each of these folds in turn and score it, instead of the validation part.",
+)
+@click.option("--seed", "seeds", default="0", show_default=True, metavar="N[,N...]", help="Seeds.")
+@click.option("--split", help="Trained on [default: as the data set says, usually train].")
+@click.option(
+    "--val",
+    default="0.2",
+    show_default=True,
+    metavar="FRACTION|SPLIT",
+    help="Validation: a share of the training groups, or a split.",
+)
+@click.option(
+    "--eval-split", help="Score this split instead of the validation part: for the last look only."
+)
+@click.option("--epochs", type=click.IntRange(1), help="As train-head has it.")
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--crop", default="auto", show_default=True, metavar="PX|none|auto")
+@click.option(
+    "--schedule", type=click.Choice(["constant", "cosine"]), default="constant", show_default=True
+)
+@click.option(
+    "--augment", type=click.Choice(["none", "flips"]), default="none", show_default=True
+)
+@click.option(
+    "--normalize", type=click.Choice(["channel", "none"]), default="channel", show_default=True
+)
+@device_option
+@precision_option
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    help="Trainings side by side [default: one per core with a thread each; one on a GPU].",
+)
+@click.option("--out", type=PATH, default=Path("sweeps/sweep"), show_default=True)
+@click.pass_context
+def sweep(
+    ctx: click.Context,
+    stores: tuple[Path, ...],
+    taps: tuple[str, ...],
+    lr: str,
+    widths: str | None,
+    limits: str | None,
+    folds: str | None,
+    seeds: str,
+    split: str | None,
+    val: str,
+    eval_split: str | None,
+    epochs: int | None,
+    steps: int | None,
+    batch_size: int,
+    crop: str,
+    schedule: str,
+    augment: str,
+    normalize: str,
+    device: str,
+    precision: str,
+    jobs: int | None,
+    out: Path,
+) -> None:
+    """Train a head for every combination of the settings given, and compare them.
+
+    Stores are only read. Each head is a run as `psd train-head` makes it, in OUT/runs; the same
+    command again continues what was interrupted. Leaves table.md, table.csv and plot.png.
+
+    \b
+    Example:
+      psd extract --dataset glas --t 0,50,100 --out features/glas
+      psd sweep --features features/glas/glas-tiny-t0.zarr \\
+          --features features/glas/glas-tiny-t50.zarr --fold 0,1,2,3 --steps 200 --out sweeps/t
+      psd sweep --features features/glas/glas-tiny-t50.zarr --taps each --out sweeps/taps
+      psd sweep --features features/glas/glas-tiny-t50.zarr --lr 1e-4,1e-3 --seed 0,1,2
+    """
+    if epochs is not None and steps is not None:
+        raise click.UsageError("give --epochs or --steps, not both")
+
+    from cli.progress import Progress
+    from cli.train_head import parse_crop
+    from pathsegdiff.config import ALL_TAPS
+    from pathsegdiff.device import resolve_device, resolve_precision
+    from pathsegdiff.errors import RunError
+    from pathsegdiff.pipeline.sweep import (
+        TABLE_FILES,
+        Grid,
+        default_processes,
+        plan_sweep,
+        run_sweep,
+        write_sweep,
+    )
+
+    place = resolve_device(device)
+    processes = jobs or default_processes(place)
+    wanted = [tap for text in taps or ("all",) for tap in _expanded(text, ALL_TAPS)]
+    grid = Grid(
+        stores=stores,
+        taps=list(dict.fromkeys(wanted)),
+        learning_rates=_values(lr, float, "--lr"),
+        widths=_values(widths, int, "--head-width") or [None],
+        limits=_values(limits, int, "--limit-images") or [None],
+        folds=_values(folds, int, "--fold") or [None],
+        seeds=_values(seeds, int, "--seed"),
+    )
+    planned = plan_sweep(
+        grid,
+        out,
+        eval_split=eval_split,
+        device=str(place),
+        threads=max(1, default_processes(place) // processes),
+        split=split,
+        val=val,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        crop_px=parse_crop(crop),
+        schedule=schedule,
+        augment=augment,
+        normalize=normalize,
+        precision=resolve_precision(precision, place),
+    )
+    click.echo(f"{out}: {len(planned)} heads, {min(processes, len(planned))} at a time")
+    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    with Progress("sweep", "heads", quiet=quiet) as bar:
+
+        def done(count: int, total: int, outcome: "Outcome") -> None:
+            score = f"mIoU {outcome.scores['miou']:.4f}" if outcome.scores else "failed"
+            bar(count, total, f"{outcome.job.out.name}: {score}")
+
+        bar(0, len(planned))
+        outcomes = run_sweep(planned, processes=min(processes, len(planned)), done=done)
+    click.echo(write_sweep(out, outcomes))
+    click.echo(f"{out}: {', '.join(TABLE_FILES)}")
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(outcomes)} heads failed, the first: {failed[0].error}"
+        )
+
+
+def _expanded(text: str, taps: tuple[str, ...]) -> tuple[str, ...]:
+    return (*taps, "all") if text == "each" else (text,)
+
+
+def _values(text: str | None, kind: Callable[[str], Value], option: str) -> list[Any]:
+    """Numbers with commas between, each once."""
+    if text is None:
+        return []
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not a number, or numbers with commas between", param_hint=option
+        ) from None

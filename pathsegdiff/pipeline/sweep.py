@@ -1,0 +1,438 @@
+"""A grid of heads: stores x taps x learning rates x widths, each over folds and seeds.
+
+Stage 2 only: the stores are there, and every head reads them. A run folder is one of train-head's,
+so that a sweep continues where it was, and any of its runs can be looked at by itself. Settings are
+meant to be chosen on what a sweep scores by itself, the validation part or held-out folds.
+"""
+
+import csv
+import io
+import json
+import math
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pathsegdiff.config import parse_head_inputs
+from pathsegdiff.errors import PathSegDiffError, RunError
+from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.files import replace_file
+from pathsegdiff.segmentation.evaluate import evaluate_run, evaluated_samples
+from pathsegdiff.segmentation.runs import load_run
+from pathsegdiff.segmentation.train import default_run_name, plan_settings, train_head
+
+#: What is scored, as metrics.json and log.csv name it.
+METRICS = ("miou", "dice", "accuracy")
+#: Axes of a grid in the order of the table's columns; those with one value are left out.
+AXES = ("data", "model", "t", "condition", "taps", "lr", "width", "images")
+_NUMBERS = ("t", "lr", "width", "images")
+TABLE_FILES = ("table.md", "table.csv", "plot.png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What is trained.
+
+    Attributes:
+        stores: Feature stores.
+        taps: As ``--taps`` reads them, such as "all", "up_05,up_08" or "all,tokens".
+        learning_rates: Of Adam.
+        widths: Of the head; None for the width that the store's model names.
+        limits: Training images; None for all.
+        folds: Held out and scored, one after the other; None for the validation part.
+        seeds: Of the training.
+    """
+
+    stores: Sequence[Path]
+    taps: Sequence[str] = ("all",)
+    learning_rates: Sequence[float] = (1e-4,)
+    widths: Sequence[int | None] = (None,)
+    limits: Sequence[int | None] = (None,)
+    folds: Sequence[int | None] = (None,)
+    seeds: Sequence[int] = (0,)
+
+    def points(self) -> Iterator["Point"]:
+        """Every combination; runs of one setting next to each other."""
+        for store, taps, rate, width, limit, fold, seed in product(
+            self.stores,
+            self.taps,
+            self.learning_rates,
+            self.widths,
+            self.limits,
+            self.folds,
+            self.seeds,
+        ):
+            yield Point(
+                store=str(store),
+                taps=taps,
+                learning_rate=rate,
+                head_width=width,
+                limit=limit,
+                fold=fold,
+                seed=seed,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One head of a grid; the attributes are those of ``Grid``."""
+
+    store: str
+    taps: str
+    learning_rate: float
+    head_width: int | None
+    limit: int | None
+    fold: int | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A point with what it needs to be trained anywhere.
+
+    Attributes:
+        point: Which.
+        out: Its run folder.
+        axes: Its values of ``AXES``, and "fold" and "seed".
+        settings: Further arguments of ``plan_settings``.
+        eval_split: Scored instead of the validation part, or None.
+        device: Where to compute.
+        threads: Of torch.
+    """
+
+    point: Point
+    out: Path
+    axes: dict[str, Any]
+    settings: dict[str, Any]
+    eval_split: str | None
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        job: Which.
+        part: That was scored: "validation", a fold or a split.
+        scores: Of ``METRICS``; empty where it failed.
+        kept_step: Step of the head that was kept.
+        seconds: Of the training.
+        error: Why it failed, or "".
+    """
+
+    job: Job
+    part: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    kept_step: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """Runs that differ in fold and seed only.
+
+    Attributes:
+        axes: Values of ``AXES``.
+        runs: Those that were scored.
+        planned: How many there should be.
+        scores: metric -> one value per run.
+    """
+
+    axes: dict[str, Any]
+    runs: int
+    planned: int
+    scores: dict[str, list[float]]
+
+
+def plan_sweep(
+    grid: Grid,
+    out: Path,
+    *,
+    eval_split: str | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    **settings: Any,
+) -> list[Job]:
+    """Open every store and check every point before anything is trained.
+
+    Args:
+        grid: What to train.
+        out: Folder of the sweep.
+        eval_split: A split to score; None for the validation part, or the held-out folds.
+        device, threads: Of each training.
+        settings: Further arguments of ``plan_settings``, the same for all.
+
+    Raises:
+        RunError, StoreError: If a store is missing or incomplete, a setting does not fit one, there
+            is nothing to score, or two points would get one run folder.
+    """
+    if eval_split is not None and any(fold is not None for fold in grid.folds):
+        raise RunError("--eval-split cannot go with --fold, of which the held-out part is scored")
+    if settings.get("val") == "0" and eval_split is None and None in grid.folds:
+        raise RunError("--val 0 leaves nothing to score; name a fold, or a split with --eval-split")
+    opened = {str(path): FeatureStore.open(path) for path in grid.stores}
+    jobs: list[Job] = []
+    for point in grid.points():
+        store = opened[point.store]
+        planned = plan_settings(store, **_arguments(point), **settings)
+        if eval_split is not None and not store.samples(eval_split):
+            raise RunError(f"{store.path} has no complete sample of split {eval_split!r}")
+        name = default_run_name(store, planned)
+        taken = next((job for job in jobs if job.out.name == name), None)
+        if taken is not None:
+            raise RunError(
+                f"{taken.point.store} and {point.store} would train into one run, {name}; "
+                "name each setting once, and stores of different names"
+            )
+        axes = {
+            "data": store.card.name,
+            "model": store.model["name"],
+            "t": store.recipe.timestep,
+            "condition": store.recipe.conditioning,
+            "taps": point.taps,
+            "lr": point.learning_rate,
+            "width": planned.head_width,
+            "images": point.limit,
+            "fold": point.fold,
+            "seed": point.seed,
+        }
+        jobs.append(
+            Job(
+                point=point,
+                out=out / "runs" / name,
+                axes=axes,
+                settings=settings,
+                eval_split=eval_split,
+                device=device,
+                threads=threads,
+            )
+        )
+    return jobs
+
+
+def run_sweep(
+    jobs: Sequence[Job],
+    *,
+    processes: int = 1,
+    done: Callable[[int, int, Outcome], None] = lambda count, total, outcome: None,
+) -> list[Outcome]:
+    """Train and score every job, finished ones being taken as they are.
+
+    A job that fails costs no other. Ctrl-C ends all of them with checkpoints.
+
+    Args:
+        jobs: Of ``plan_sweep``.
+        processes: That train side by side; 1 trains in this one.
+        done: Called with (how many are done, of how many, the latest).
+
+    Returns:
+        Outcomes in the order of the jobs.
+    """
+    outcomes: dict[int, Outcome] = {}
+    if processes == 1:
+        for index, job in enumerate(jobs):
+            outcomes[index] = run_job(job)
+            done(len(outcomes), len(jobs), outcomes[index])
+        return [outcomes[index] for index in range(len(jobs))]
+    # Spawned: zarr's threads and torch's do not survive a fork.
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    pending: dict[Future[Outcome], int] = {}
+    try:
+        pending = {pool.submit(run_job, job): index for index, job in enumerate(jobs)}
+        while pending:
+            finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in finished:
+                index = pending.pop(future)
+                outcomes[index] = future.result()
+                done(len(outcomes), len(jobs), outcomes[index])
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [outcomes[index] for index in range(len(jobs))]
+
+
+def run_job(job: Job) -> Outcome:
+    """Train one head and score it."""
+    torch.set_num_threads(job.threads)
+    try:
+        store = FeatureStore.open(job.point.store)
+        settings = plan_settings(store, **_arguments(job.point), **job.settings)
+        result = train_head(store, job.out, settings, device=job.device)
+        found = {name: float(result.best.get(f"val_{name}", math.nan)) for name in METRICS}
+        part = "validation"
+        if job.eval_split is not None or job.point.fold is not None:
+            part, found = _evaluated(job, store)
+    except PathSegDiffError as error:
+        return Outcome(job=job, error=str(error))
+    return Outcome(
+        job=job,
+        part=part,
+        scores=found,
+        kept_step=int(result.best["step"]),
+        seconds=result.seconds,
+    )
+
+
+def _evaluated(job: Job, store: FeatureStore) -> tuple[str, dict[str, float]]:
+    """Part and scores; a split is looked at once per run."""
+    run = load_run(job.out, torch.device(job.device))
+    part, _ = evaluated_samples(run, store, job.eval_split)
+    file = job.out / f"eval-{part}" / "metrics.json"
+    if file.is_file():
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return part, {name: float(values[name]) for name in METRICS}
+    pooled = evaluate_run(run, store, split=job.eval_split).scores
+    return part, {name: float(getattr(pooled, name)) for name in METRICS}
+
+
+def table_rows(outcomes: Sequence[Outcome]) -> list[TableRow]:
+    """One row per setting, in the order of the jobs."""
+    found: dict[tuple[Any, ...], list[Outcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(tuple(outcome.job.axes[axis] for axis in AXES), []).append(outcome)
+    rows = []
+    for key, group in found.items():
+        scored = [outcome for outcome in group if outcome.scores]
+        rows.append(
+            TableRow(
+                axes=dict(zip(AXES, key, strict=True)),
+                runs=len(scored),
+                planned=len(group),
+                scores={m: [outcome.scores[m] for outcome in scored] for m in METRICS},
+            )
+        )
+    return rows
+
+
+def varied_axes(rows: Sequence[TableRow]) -> list[str]:
+    """Axes with more than one value; the taps where there is none."""
+    found = [axis for axis in AXES if len({row.axes[axis] for row in rows}) > 1]
+    return found or ["taps"]
+
+
+def write_sweep(out: Path, outcomes: Sequence[Outcome]) -> str:
+    """Write table.csv (one line per run), table.md and plot.png; return the Markdown."""
+    rows = table_rows(outcomes)
+    text = markdown(rows, sorted({outcome.part for outcome in outcomes if outcome.part}))
+    replace_file(out / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
+    replace_file(out / "table.csv", lambda file: file.write_text(_csv(outcomes), encoding="utf-8"))
+    replace_file(out / "plot.png", lambda file: _draw(file, rows))
+    return text
+
+
+def markdown(rows: Sequence[TableRow], parts: Sequence[str]) -> str:
+    """A table with the mean over folds and seeds, the range of mIoU, and the number of runs."""
+    axes = varied_axes(rows)
+    scored = "validation" if parts == ["validation"] else ", ".join(parts) or "nothing scored"
+    header = [*axes, f"mIoU ({scored})", "range", "Dice", "accuracy", "runs"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        cells = [_shown(row.axes[axis]) for axis in axes]
+        for metric in METRICS:
+            values = row.scores[metric]
+            cells.append(f"{statistics.fmean(values):.3f}" if values else "")
+            if metric == "miou":
+                spread = f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else ""
+                cells.append(spread)
+        missing = "" if row.runs == row.planned else f" of {row.planned}, incomplete"
+        lines.append([*cells, f"{row.runs}{missing}"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def default_processes(device: torch.device) -> int:
+    """One per core on a CPU, where a small head gains little from a second thread; else one."""
+    return len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+
+
+def _arguments(point: Point) -> dict[str, Any]:
+    arguments = asdict(point)
+    del arguments["store"]
+    arguments["taps"] = None if point.taps == "all" else parse_head_inputs(point.taps)
+    return arguments
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "all"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _csv(outcomes: Sequence[Outcome]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*AXES, "fold", "seed", "part", *METRICS, "kept_step", "seconds", "run", "error"])
+    for outcome in outcomes:
+        axes = [outcome.job.axes[axis] for axis in (*AXES, "fold", "seed")]
+        scores = [f"{outcome.scores[m]:.6f}" if outcome.scores else "" for m in METRICS]
+        writer.writerow(
+            [
+                *axes,
+                outcome.part,
+                *scores,
+                outcome.kept_step,
+                f"{outcome.seconds:.1f}",
+                outcome.job.out.name,
+                outcome.error,
+            ]
+        )
+    return text.getvalue()
+
+
+def _draw(path: Path, rows: Sequence[TableRow]) -> None:
+    """mIoU against the first axis that varies, a line or a bar for each value of the others."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    axis, *others = varied_axes(rows)
+    series: dict[str, list[TableRow]] = {}
+    for row in rows:
+        if row.runs:
+            label = ", ".join(f"{other} {_shown(row.axes[other])}" for other in others)
+            series.setdefault(label, []).append(row)
+    names = list(dict.fromkeys(_shown(row.axes[axis]) for row in rows))
+    figure = Figure(figsize=(max(6.0, 0.62 * len(names) + 2), 3.6), layout="constrained")
+    axes = figure.subplots()
+    numeric = axis in _NUMBERS and all(row.axes[axis] is not None for row in rows)
+    for index, (label, group) in enumerate(series.items()):
+        means = [statistics.fmean(row.scores["miou"]) for row in group]
+        reach = [
+            [mean - min(row.scores["miou"]) for mean, row in zip(means, group, strict=True)],
+            [max(row.scores["miou"]) - mean for mean, row in zip(means, group, strict=True)],
+        ]
+        if numeric:
+            places = [float(row.axes[axis]) for row in group]
+            axes.errorbar(places, means, yerr=reach, marker="o", capsize=3, label=label or None)
+        else:
+            width = 0.8 / len(series)
+            shift = (index - (len(series) - 1) / 2) * width
+            places = [names.index(_shown(row.axes[axis])) + shift for row in group]
+            axes.bar(places, means, width, yerr=reach, capsize=2, label=label or None)
+    if numeric and axis == "lr":
+        axes.set_xscale("log")
+    if not numeric:
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        low = min((min(row.scores["miou"]) for row in rows if row.runs), default=0.0)
+        axes.set_ylim(bottom=max(0.0, low - 0.1))
+    axes.set(xlabel=_TITLES.get(axis, axis), ylabel="mIoU")
+    axes.grid(axis="y", alpha=0.3)
+    if any(series):
+        axes.legend()
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+_TITLES = {
+    "t": "diffusion timestep",
+    "lr": "learning rate",
+    "width": "head width",
+    "images": "training images",
+}

@@ -1,0 +1,184 @@
+"""A grid of heads on small stores."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+from cli.main import run
+from pathsegdiff.errors import RunError
+from pathsegdiff.pipeline.sweep import (
+    Grid,
+    TableRow,
+    default_processes,
+    markdown,
+    plan_sweep,
+    run_sweep,
+    varied_axes,
+    write_sweep,
+)
+from pathsegdiff.segmentation import train
+from tests.helpers_store import build_store
+
+SHORT = {"steps": 2, "batch_size": 2}
+OPTIONS = ("--steps", "2", "--batch-size", "2", "--head-width", "8", "--jobs", "1")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep") / "shapes.zarr"
+    build_store(path, train=4, test=2)
+    return path
+
+
+def lines_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_combination_is_trained_and_scored_on_validation(store, tmp_path, capsys):
+    out = tmp_path / "swept"
+    grid = ["--features", str(store), "--taps", "all", "--taps", "up_05,up_08"]
+    grid += ["--lr", "1e-3,1e-2", "--seed", "0,1", "--out", str(out)]
+    assert run(["sweep", *grid, *OPTIONS]) == 0
+    rows = lines_of(out / "table.csv")
+    assert len(rows) == 8
+    assert {(row["taps"], row["lr"], row["seed"]) for row in rows} == {
+        (taps, lr, seed)
+        for taps in ("all", "up_05,up_08")
+        for lr in ("0.001", "0.01")
+        for seed in ("0", "1")
+    }
+    for row in rows:
+        result = json.loads((out / "runs" / row["run"] / "result.json").read_text())
+        assert row["part"] == "validation"
+        assert float(row["miou"]) == pytest.approx(result["best"]["val_miou"], abs=1e-6)
+    table = (out / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("| 2 |") == 4
+    assert table.startswith("| taps | lr | mIoU (validation) |")
+    assert Image.open(out / "plot.png").width > 400
+
+
+def test_a_sweep_continues_with_what_is_missing(store, tmp_path, monkeypatch, capsys):
+    options = [*OPTIONS, "--features", str(store), "--out", str(tmp_path / "swept")]
+    assert run(["sweep", *options, "--taps", "up_05"]) == 0
+    trained = []
+    really = train._Training.run
+
+    def counted(self):
+        trained.append(self.settings.taps)
+        return really(self)
+
+    monkeypatch.setattr(train._Training, "run", counted)
+    assert run(["sweep", *options, "--taps", "each"]) == 0
+    assert len(trained) == 13
+    assert ("up_05",) not in trained
+    rows = lines_of(tmp_path / "swept" / "table.csv")
+    assert [row["taps"] for row in rows][:2] == ["middle", "up_00"]
+    assert rows[-1]["taps"] == "all"
+    assert "14 heads" in capsys.readouterr().out
+
+
+def test_a_split_that_is_named_is_looked_at_once(store, tmp_path, monkeypatch):
+    grid = Grid(stores=[store], widths=[8])
+    jobs = plan_sweep(grid, tmp_path, eval_split="test", **SHORT)
+    first = run_sweep(jobs)[0]
+    assert first.part == "test"
+    metrics = json.loads((jobs[0].out / "eval-test" / "metrics.json").read_text())
+    assert first.scores["miou"] == metrics["miou"]
+    monkeypatch.setattr("pathsegdiff.pipeline.sweep.evaluate_run", None)
+    assert run_sweep(jobs)[0].scores == pytest.approx(first.scores)
+
+
+def test_folds_are_held_out_and_averaged(tmp_path):
+    path = tmp_path / "folded.zarr"
+    build_store(path, train=8, test=0)
+    grid = Grid(stores=[path], widths=[8], folds=[1, 2])
+    outcomes = run_sweep(plan_sweep(grid, tmp_path / "swept", **SHORT))
+    assert [outcome.part for outcome in outcomes] == ["fold1", "fold2"]
+    text = write_sweep(tmp_path / "swept", outcomes)
+    mean = sum(outcome.scores["miou"] for outcome in outcomes) / 2
+    assert f"| all | {mean:.3f} |" in text
+    assert "fold1, fold2" in text
+
+
+def test_processes_side_by_side_give_the_same_heads(store, tmp_path):
+    grid = Grid(stores=[store], widths=[8], seeds=[0, 1])
+    alone = run_sweep(plan_sweep(grid, tmp_path / "alone", **SHORT))
+    together = run_sweep(plan_sweep(grid, tmp_path / "together", **SHORT), processes=2)
+    assert [o.scores for o in together] == [o.scores for o in alone]
+    assert [o.job.out.name for o in together] == [o.job.out.name for o in alone]
+
+
+def test_a_head_that_fails_costs_no_other(store, tmp_path, capsys):
+    out = tmp_path / "swept"
+    blocked = out / "runs" / "shapes-steps-2-batch-2-lr-0.01-width-8"
+    blocked.mkdir(parents=True)
+    (blocked / "mine.txt").write_text("mine")
+    options = ["--features", str(store), "--lr", "1e-2,1e-3", "--out", str(out)]
+    assert run(["sweep", *options, *OPTIONS]) == 1
+    said = capsys.readouterr()
+    assert "1 of 2 heads failed, the first:" in said.err
+    assert "no run folder" in said.err
+    assert "0 of 1, incomplete" in said.out
+    assert [bool(row["miou"]) for row in lines_of(out / "table.csv")] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "much"], "'much' is not a number"),
+        (["--taps", "up_99"], "up_99"),
+        (["--fold", "0", "--eval-split", "test"], "--eval-split cannot go with --fold"),
+        (["--val", "0"], "--val 0 leaves nothing to score"),
+        (["--eval-split", "absent"], "no complete sample of split 'absent'"),
+        (["--steps", "2", "--epochs", "2"], "not both"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(
+    store, tmp_path, capsys, options, message
+):
+    out = tmp_path / "swept"
+    code = run(["sweep", "--features", str(store), "--out", str(out), *options])
+    assert code in (1, 2)
+    assert re.search(re.escape(message), capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_two_stores_of_one_name_are_refused(store, tmp_path):
+    other = tmp_path / "shapes.zarr"
+    shutil.copytree(store, other)
+    with pytest.raises(RunError, match="would train into one run"):
+        plan_sweep(Grid(stores=[store, other]), tmp_path / "swept", **SHORT)
+
+
+def test_the_table_shows_only_the_axes_that_vary():
+    axes = {"data": "d", "model": "m", "t": 50, "condition": "encoder", "taps": "all"}
+    axes |= {"lr": 1e-3, "width": 64, "images": None}
+    rows = [
+        TableRow(
+            axes={**axes, "t": t, "images": images},
+            runs=1 if t else 0,
+            planned=1,
+            scores={name: [0.5] if t else [] for name in ("miou", "dice", "accuracy")},
+        )
+        for t in (0, 50)
+        for images in (5, None)
+    ]
+    assert varied_axes(rows) == ["t", "images"]
+    text = markdown(rows, ["testB"])
+    assert "| t | images | mIoU (testB) |" in text
+    assert "| 0 | 5 |  |  |  |  | 0 of 1, incomplete |" in text
+    assert "| 50 | all | 0.500 |" in text
+    assert varied_axes(rows[:1]) == ["taps"]
+
+
+def test_a_cpu_trains_one_head_per_core():
+    import torch
+
+    assert default_processes(torch.device("cuda")) == 1
+    assert default_processes(torch.device("cpu")) >= 1
