@@ -26,8 +26,8 @@ PSD = [sys.executable, "-m", "cli"]
 HEAD = shlex.split(
     "--steps 200 --batch-size 4 --crop 256 --lr 1e-3 --schedule cosine --augment flips"
 )
-#: Of every U-Net: so long on one core, images of 512 px.
-UNET = shlex.split("--minutes 17 --batch-size 4 --size 512")
+#: Of every U-Net: as many steps of as many images, each of 512 px.
+UNET = shlex.split("--steps 200 --batch-size 4 --size 512")
 COLUMNS = ("miou", "dice", "accuracy")
 
 
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--t", default="50")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--limit-images", type=int, help="that train; all of them if not given")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--dry-run", action="store_true")
@@ -123,7 +124,8 @@ def store_path(options: argparse.Namespace, store: str) -> Path:
 
 def run_path(options: argparse.Namespace, name: str, seed: int) -> Path:
     """Folder of a run."""
-    return options.out / "runs" / f"{name}-seed{seed}"
+    few = "" if options.limit_images is None else f"-{options.limit_images}images"
+    return options.out / "runs" / f"{name}{few}-seed{seed}"
 
 
 def metrics_path(options: argparse.Namespace, name: str, seed: int) -> Path:
@@ -136,19 +138,18 @@ def one_run(options: argparse.Namespace, row: Row, name: str, seed: int) -> None
     if metrics_path(options, name, seed).exists():
         return
     out = str(run_path(options, name, seed))
+    common = ["--seed", str(seed), "--out", out]
+    if options.limit_images is not None:
+        common += ["--limit-images", str(options.limit_images)]
     if row.store is None:
         run(
             [*PSD, "baseline", name, *data(options), "--eval-split", options.eval_split,
-             "--seed", str(seed), "--out", out, *UNET, *row.arguments],
+             *common, *UNET, *row.arguments],
             options,
         )  # fmt: skip
         return
     features = str(store_path(options, row.store))
-    run(
-        [*PSD, "train-head", "--features", features, "--seed", str(seed), "--out", out, *HEAD,
-         *row.arguments],
-        options,
-    )  # fmt: skip
+    run([*PSD, "train-head", "--features", features, *common, *HEAD, *row.arguments], options)
     run([*PSD, "eval", "--run", out, "--features", features, "--split", options.eval_split],
         options)  # fmt: skip
 
@@ -194,8 +195,11 @@ def write_table(options: argparse.Namespace, rows: dict[str, Row], seeds: list[i
             f"| {mean['dice']:.3f} | {mean['accuracy']:.3f} "
             f"| {len(found)} of {len(seeds)}{incomplete} |"
         )
-    (options.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (options.out / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    few = "" if options.limit_images is None else f"-{options.limit_images}images"
+    text = "\n".join(lines) + "\n"
+    (options.out / f"table{few}.md").write_text(text, encoding="utf-8")
+    text = json.dumps(table, indent=2) + "\n"
+    (options.out / f"table{few}.json").write_text(text, encoding="utf-8")
     print("\n".join(lines))
 
 

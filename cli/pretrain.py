@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("part", type=click.Choice(["autoencoder", "encoder", "ldm", "all"]))
+@click.argument("part", type=click.Choice(["autoencoder", "encoder", "ldm", "all", "decoder"]))
 @click.option(
     "--images",
     "sources",
@@ -84,7 +84,9 @@ def pretrain(
 ) -> None:
     """Train an autoencoder, an encoder and a latent diffusion model: a bundle for --model.
 
-    Running the same command again continues what was interrupted.
+    Running the same command again continues what was interrupted. decoder is no part of all: it
+    trains the decoder of the autoencoder on, on images of its own if need be, and changes no
+    feature; the next all writes the bundle with it.
 
     \b
     Example:

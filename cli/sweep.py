@@ -31,7 +31,9 @@ Value = TypeVar("Value")
 )
 @click.option("--lr", default="1e-4", show_default=True, metavar="X[,X...]", help="Learning rates.")
 @click.option("--head-width", "widths", metavar="W[,W...]", help="[default: as the model says]")
-@click.option("--limit-images", "limits", metavar="N[,N...]", help="Training images [default: all].")
+@click.option(
+    "--limit-images", "limits", metavar="N[,N...]", help="Training images [default: all]."
+)
 @click.option(
     "--fold",
     "folds",
@@ -57,9 +59,7 @@ Value = TypeVar("Value")
 @click.option(
     "--schedule", type=click.Choice(["constant", "cosine"]), default="constant", show_default=True
 )
-@click.option(
-    "--augment", type=click.Choice(["none", "flips"]), default="none", show_default=True
-)
+@click.option("--augment", type=click.Choice(["none", "flips"]), default="none", show_default=True)
 @click.option(
     "--normalize", type=click.Choice(["channel", "none"]), default="channel", show_default=True
 )

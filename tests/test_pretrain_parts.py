@@ -1,6 +1,7 @@
 """The three parts and the bundle: what they learn from, and that it is what stage 1 will see."""
 
 import csv
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,12 @@ from PIL import Image
 
 from pathsegdiff.diffusion.bundle import load_bundle
 from pathsegdiff.diffusion.presets import PRESETS, vq_config
-from pathsegdiff.diffusion.pretrain.autoencoder import AutoencoderPart, psnr, reconstruct
+from pathsegdiff.diffusion.pretrain.autoencoder import (
+    AutoencoderPart,
+    DecoderPart,
+    psnr,
+    reconstruct,
+)
 from pathsegdiff.diffusion.pretrain.images import open_pool
 from pathsegdiff.diffusion.pretrain.ldm import LOOK_AT, LdmPart, LdmSettings, plan_alignment
 from pathsegdiff.diffusion.pretrain.plans import PARTS, plan_of
@@ -83,6 +89,57 @@ def test_a_part_waits_for_the_ones_before_it(pool, tmp_path):
         training.assemble(tmp_path / "out", name="x", title="x", licence="x", data="x")
 
 
+def _autoencoder_config(kind):
+    if kind == "kl":
+        return PRESETS["micro"].autoencoder
+    return vq_config(
+        channels=(4, 8, 8),
+        layers_per_block=1,
+        codes=16,
+        norm_num_groups=4,
+        middle_attention=False,
+    )
+
+
+def test_a_decoder_that_is_trained_on_changes_no_latent(trained, pool, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(trained[1], work)
+    plan = plan_of("micro").changed(steps=4, batch_size=2)
+    training = Pretraining(plan, pool, work, CPU)
+    assert training.train("decoder", LoopOptions(report_every=2, look_every=4))
+    bundle = training.assemble(
+        tmp_path / "b", name="b", title="A test", licence="none", data="demo"
+    )
+    assert bundle.card.provenance["decoder: steps"] == "4"
+    images = pool.batch(1, 3, 2, 256).float() / 255
+    before, after = trained[0].load(), bundle.load()
+    assert torch.equal(before.latent(images), after.latent(images))
+    old, new = (reconstruct(model.autoencoder, images) for model in (before, after))
+    assert psnr(images, new) != pytest.approx(psnr(images, old), abs=1e-4)
+    for name, value in before.unet.state_dict().items():
+        assert torch.equal(value, after.unet.state_dict()[name])
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_a_decoder_learns_to_reconstruct_from_fixed_latents(pool, kind):
+    config = _autoencoder_config(kind)
+    torch.manual_seed(0)
+    state = AutoencoderPart(config, pool, CPU).model.state_dict()
+    part = DecoderPart(config, state, pool, CPU, held_out_crops=2)
+    trained = [parameter for parameter in part.trained.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, 2e-3)
+    before = part.held_out()["held_out_psnr"]
+    for step in range(30):
+        loss, figures = part.loss(part.read(step, 2, 64), step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert figures["psnr"] > 8
+    assert part.held_out()["held_out_psnr"] > before + 1
+    fixed = part.model.encoder.state_dict()
+    assert all(torch.equal(fixed[name], state[f"encoder.{name}"]) for name in fixed)
+
+
 def test_a_finished_part_is_not_trained_again(trained, pool):
     _, work = trained
     before = (work / "ldm" / "weights.safetensors").stat().st_mtime_ns
@@ -93,15 +150,7 @@ def test_a_finished_part_is_not_trained_again(trained, pool):
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_an_autoencoder_learns_to_reconstruct(pool, kind):
-    config = PRESETS["micro"].autoencoder
-    if kind == "vq":
-        config = vq_config(
-            channels=(4, 8, 8),
-            layers_per_block=1,
-            codes=16,
-            norm_num_groups=4,
-            middle_attention=False,
-        )
+    config = _autoencoder_config(kind)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         part = AutoencoderPart(config, pool, CPU)

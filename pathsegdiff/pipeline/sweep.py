@@ -370,7 +370,9 @@ def _shown(value: Any) -> str:
 def _csv(outcomes: Sequence[Outcome]) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*AXES, "fold", "seed", "part", *METRICS, "kept_step", "seconds", "run", "error"])
+    writer.writerow(
+        [*AXES, "fold", "seed", "part", *METRICS, "kept_step", "seconds", "run", "error"]
+    )
     for outcome in outcomes:
         axes = [outcome.job.axes[axis] for axis in (*AXES, "fold", "seed")]
         scores = [f"{outcome.scores[m]:.6f}" if outcome.scores else "" for m in METRICS]

@@ -7,6 +7,7 @@ Shapes: B = crops, S = crop_px, C, h, w = of the latent.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -19,7 +20,7 @@ from pathsegdiff.diffusion.pretrain.images import ImagePool, to_unit
 from pathsegdiff.diffusion.pretrain.loop import Figures, Part
 from pathsegdiff.diffusion.pretrain.pictures import save_rows
 
-STREAM = 1
+STREAM, _DECODER_STREAM = 1, 4
 #: Weight of the KL term beside the reconstruction, per latent value. Rombach et al.: 1e-6 of sums.
 KL_WEIGHT = 1e-4
 
@@ -91,6 +92,52 @@ class AutoencoderPart(Part):
         """Held-out crops above their reconstructions."""
         images = to_unit(self.pool.held_out_batch(6, 256), self.device)
         save_rows(folder, "reconstructions", [images, reconstruct(self.model, images)])
+
+
+class DecoderPart(AutoencoderPart):
+    """Trains the decoder of an autoencoder on, its encoder as it is.
+
+    Latents and features stay what they are, so this may come last and on other images: sharper
+    ones, or of another laboratory.
+
+    Args:
+        config: ``config.json`` of the autoencoder.
+        state: Its trained weights.
+        pool: Images.
+        device: Where to train.
+        held_out_crops: That held-out figures are measured on.
+    """
+
+    name: ClassVar[str] = "decoder"
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        state: Mapping[str, Tensor],
+        pool: ImagePool,
+        device: torch.device,
+        held_out_crops: int = 32,
+    ) -> None:
+        super().__init__(config, pool, device, held_out_crops)
+        self.model.load_state_dict(state)
+        self.model.requires_grad_(False)
+        for trained in (self.model.decoder, self.model.post_quant_conv):
+            trained.requires_grad_(True)
+
+    def read(self, step: int, count: int, crop_px: int) -> Tensor:
+        """(B, 3, S, S) uint8."""
+        return self.pool.batch(_DECODER_STREAM, step, count, crop_px)
+
+    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Figures]:
+        """Absolute and squared error in [-1, 1], decoded from what stage 1 sees."""
+        images = to_unit(batch, self.device)
+        with torch.no_grad():
+            latent = encode(self.model, images, 1.0)
+        decoded = self.model.decode(latent, return_dict=False)[0].float()
+        error = decoded - (images * 2 - 1)
+        squared = error.square().mean()
+        loss = error.abs().mean() + 2 * squared
+        return loss, {"loss": loss.item(), "psnr": 10 * math.log10(4 / max(squared.item(), 1e-12))}
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from pathsegdiff.errors import ConfigError
 
 #: In the order in which they are trained.
 PARTS = ("autoencoder", "encoder", "ldm")
+#: May come after the autoencoder, on images of its own; no other part depends on it.
+EXTRA_PARTS = ("decoder",)
 #: What ``--encoder dino`` trains for ``tiny``: 2.7 million parameters.
 DINO_ENCODER = EncoderConfig(embed_dim=192, depth=6, num_heads=3)
 
@@ -21,6 +23,7 @@ class Plan:
     Attributes:
         preset: Shapes.
         autoencoder, encoder, ldm: Loops. An encoder with ImageNet weights is not trained.
+        decoder: Loop of the autoencoder's decoder alone, where that is asked for.
         diffusion: Of the diffusion model.
         prototypes: Outputs of DINO's head.
         held_out_crops: That held-out figures are measured on.
@@ -30,6 +33,7 @@ class Plan:
     autoencoder: LoopSettings
     encoder: LoopSettings
     ldm: LoopSettings
+    decoder: LoopSettings
     diffusion: LdmSettings = field(default_factory=LdmSettings)
     prototypes: int = 4096
     held_out_crops: int = 32
@@ -53,7 +57,7 @@ class Plan:
             )
             if value is not None
         }
-        loops = {part: replace(getattr(self, part), **changes) for part in PARTS}
+        loops = {part: replace(getattr(self, part), **changes) for part in (*PARTS, *EXTRA_PARTS)}
         return replace(self, **loops)
 
     def with_dino_encoder(self) -> "Plan":
@@ -111,12 +115,22 @@ _PLANS = {
             ema_decay=0.998,
             precision="bfloat16",
         ),
+        decoder=LoopSettings(
+            steps=4000,
+            batch_size=1,
+            crops=((0.9, 128), (0.1, 256)),
+            learning_rate=1e-3,
+            warmup_steps=100,
+            ema_decay=0.998,
+            precision="bfloat16",
+        ),
     ),
     "micro": Plan(
         preset=PRESETS["micro"],
         autoencoder=_MICRO,
         encoder=replace(_MICRO, crops=((1.0, 256),)),
         ldm=replace(_MICRO, crops=((1.0, 256),)),
+        decoder=_MICRO,
         prototypes=64,
         held_out_crops=4,
     ),
@@ -131,6 +145,9 @@ _PLANS = {
         ),
         ldm=LoopSettings(
             steps=400_000, batch_size=64, learning_rate=1e-4, warmup_steps=5000, ema_decay=0.9999
+        ),
+        decoder=LoopSettings(
+            steps=50_000, batch_size=16, learning_rate=1e-4, warmup_steps=2000, ema_decay=0.9999
         ),
         prototypes=65536,
     ),

@@ -33,12 +33,12 @@ from pathsegdiff.diffusion.bundle import (
 from pathsegdiff.diffusion.conv_encoder import ConvEncoderConfig
 from pathsegdiff.diffusion.encoder import AnyEncoder, EncoderConfig, build_encoder
 from pathsegdiff.diffusion.imagenet import ARCHITECTURE, efficientnet_lite0_state
-from pathsegdiff.diffusion.pretrain.autoencoder import AutoencoderPart, latent_std
+from pathsegdiff.diffusion.pretrain.autoencoder import AutoencoderPart, DecoderPart, latent_std
 from pathsegdiff.diffusion.pretrain.encoder import EncoderPart
 from pathsegdiff.diffusion.pretrain.images import ImagePool
 from pathsegdiff.diffusion.pretrain.ldm import LdmPart
 from pathsegdiff.diffusion.pretrain.loop import Part, Progress, TrainingLoop
-from pathsegdiff.diffusion.pretrain.plans import PARTS, Plan
+from pathsegdiff.diffusion.pretrain.plans import EXTRA_PARTS, PARTS, Plan
 from pathsegdiff.diffusion.taps import plan_taps
 from pathsegdiff.errors import BundleError, ConfigError, RunError
 from pathsegdiff.files import replace_file
@@ -96,8 +96,8 @@ class Pretraining:
             ConfigError: If there is no such part.
             RunError: If an earlier part is not finished, or the folder holds another training.
         """
-        if part not in PARTS:
-            raise ConfigError(f"the parts are {', '.join(PARTS)}, got {part!r}")
+        if part not in (*PARTS, *EXTRA_PARTS):
+            raise ConfigError(f"the parts are {', '.join((*PARTS, *EXTRA_PARTS))}, got {part!r}")
         if self.finished(part):
             return True
         if part == "encoder" and isinstance(self.plan.preset.encoder, ConvEncoderConfig):
@@ -122,7 +122,8 @@ class Pretraining:
         return done
 
     def assemble(self, out: Path, *, name: str, title: str, licence: str, data: str) -> Bundle:
-        """Write the bundle from the three finished parts (float16 weights).
+        """Write the bundle from the finished parts (float16 weights), with the decoder where it was
+        trained on.
 
         Args:
             out: Folder to make.
@@ -137,12 +138,13 @@ class Pretraining:
             if not self.finished(part):
                 raise RunError(f"{self.work / part} is not finished; run `psd pretrain {part}`")
         preset = self.plan.preset
-        facts = {part: self._facts(part) for part in PARTS}
+        extra = [part for part in EXTRA_PARTS if self.finished(part)]
+        facts = {part: self._facts(part) for part in (*PARTS, *extra)}
         scale = float(facts["autoencoder"]["latent_scale"])
         autoencoder = {**preset.autoencoder, "scaling_factor": scale}
         shape = replace(preset, autoencoder=autoencoder, latent_scale=scale)
         texts = {
-            f"{part}: {key}": _plain(value) for part in PARTS for key, value in facts[part].items()
+            f"{part}: {key}": _plain(value) for part in facts for key, value in facts[part].items()
         }
         card = describe(
             shape,
@@ -156,7 +158,7 @@ class Pretraining:
         states = {
             "unet": _below(ldm, "unet."),
             "conditioner": _below(ldm, "conditioner."),
-            "autoencoder": self._weights("autoencoder"),
+            "autoencoder": self._weights("decoder" if "decoder" in extra else "autoencoder"),
             "encoder": self._weights("encoder"),
         }
         configs: dict[str, Mapping[str, Any]] = {
@@ -179,6 +181,12 @@ class Pretraining:
         if name == "autoencoder":
             part: Part = AutoencoderPart(
                 preset.autoencoder, self.pool, self.device, self.plan.held_out_crops
+            )
+            return part, {"config": preset.autoencoder}
+        if name == "decoder":
+            state = self._weights("autoencoder")
+            part = DecoderPart(
+                preset.autoencoder, state, self.pool, self.device, self.plan.held_out_crops
             )
             return part, {"config": preset.autoencoder}
         if name == "encoder":
