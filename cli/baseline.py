@@ -40,6 +40,14 @@ NAMES = ("res-unet", "effnet-unet")
 @click.option(
     "--lr", type=float, help="Of AdamW [default: 1e-3 for res-unet, 5e-4 for effnet-unet]."
 )
+@click.option(
+    "--keep",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="The weights that are best on validation (and no improvement for long ends the training), "
+    "or the last.",
+)
 @device_option
 @precision_option
 @seed_option
@@ -60,6 +68,7 @@ def baseline(
     minutes: float | None,
     batch_size: int,
     lr: float | None,
+    keep: str,
     device: str,
     precision: str,
     seed: int,
@@ -105,12 +114,17 @@ def baseline(
         minutes=minutes,
         batch_size=batch_size,
         learning_rate=lr,
+        keep=keep,
         precision=resolve_precision(precision, place),
         seed=seed,
     )
     out = Path("runs") / default_baseline_name(opened, settings) if out is None else out
     made = Baseline(opened, settings, eval_split=eval_split)
-    patience = f", at most {PATIENCE} validations without improvement" if made.parts.val else ""
+    patience = (
+        f", at most {PATIENCE} validations without improvement"
+        if made.parts.val and keep == "best"
+        else ""
+    )
     click.echo(
         f"{out}: {name}, {len(made.parts.train)} images of {opened.name} train and "
         f"{len(made.parts.val)} validate, {settings.length()}{patience}, batches of {batch_size} "
@@ -123,7 +137,7 @@ def baseline(
         click.echo(f"{out} has finished before, after {result.steps} steps")
     else:
         click.echo(f"{result.steps} steps in {duration(result.seconds)}")
-    kept = result.best
+    kept = result.kept
     quality = f", validation mIoU {kept['val_miou']:.4f}" if "val_miou" in kept else ""
     click.echo(f"kept: step {kept['step']:.0f}{quality}: {out}")
     with Progress("eval", "images", quiet=quiet) as progress:

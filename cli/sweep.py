@@ -63,6 +63,9 @@ Value = TypeVar("Value")
 @click.option(
     "--normalize", type=click.Choice(["channel", "none"]), default="channel", show_default=True
 )
+@click.option(
+    "--keep", type=click.Choice(["auto", "best", "last"]), default="auto", show_default=True
+)
 @device_option
 @precision_option
 @click.option(
@@ -91,6 +94,7 @@ def sweep(
     schedule: str,
     augment: str,
     normalize: str,
+    keep: str,
     device: str,
     precision: str,
     jobs: int | None,
@@ -153,6 +157,7 @@ def sweep(
         schedule=schedule,
         augment=augment,
         normalize=normalize,
+        keep=None if keep == "auto" else keep,
         precision=resolve_precision(precision, place),
     )
     click.echo(f"{out}: {len(planned)} heads, {min(processes, len(planned))} at a time")

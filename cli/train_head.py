@@ -60,6 +60,13 @@ from cli.options import PATH, device_option, parts_options, precision_option, se
     show_default=True,
     help="Standardise each feature channel with the training part's mean and deviation.",
 )
+@click.option(
+    "--keep",
+    type=click.Choice(["auto", "best", "last"]),
+    default="auto",
+    show_default=True,
+    help="The head that is best on validation, or the last; auto: the last with --schedule cosine.",
+)
 @device_option
 @precision_option
 @seed_option
@@ -82,6 +89,7 @@ def train_head(
     head_width: int | None,
     augment: str,
     normalize: str,
+    keep: str,
     device: str,
     precision: str,
     seed: int,
@@ -128,6 +136,7 @@ def train_head(
         head_width=head_width,
         augment=augment,
         normalize=normalize,
+        keep=None if keep == "auto" else keep,
         precision=resolve_precision(precision, place),
         seed=seed,
     )
@@ -142,7 +151,7 @@ def train_head(
         click.echo(f"{out} has finished before, after {result.steps} steps; nothing to do")
     else:
         click.echo(f"{result.steps} steps in {duration(result.seconds)}")
-    kept = result.best
+    kept = result.kept
     quality = f", validation mIoU {kept['val_miou']:.4f}" if "val_miou" in kept else ""
     click.echo(f"kept: step {kept['step']:.0f}{quality}: {out}")
 

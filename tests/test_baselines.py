@@ -385,7 +385,7 @@ def test_a_run_leaves_what_a_heads_run_leaves(dataset, finished):
     assert result["seconds"] > 0
     network, metadata = load_baseline(finished, read_baseline(finished))
     assert sum(p.numel() for p in network.parameters()) == config["network"]["parameters"]
-    assert metadata["step"] == str(result["best"]["step"])
+    assert metadata["step"] == str(result["kept"]["step"])
 
 
 def test_the_rate_rises_and_then_falls_to_zero(dataset, tmp_path):
@@ -424,14 +424,14 @@ def test_a_training_that_no_longer_improves_ends(dataset, tmp_path, monkeypatch)
     )
     result = small(dataset, steps=20).train(tmp_path / "run")
     assert result.steps == 5
-    assert result.best["step"] == 2
+    assert result.kept["step"] == 2
     ended = json.loads((tmp_path / "run" / "result.json").read_text())["ended"]
     assert ended == "no improvement in 3 validations"
 
 
 def test_without_validation_the_last_weights_are_kept(dataset, tmp_path):
     result = small(dataset, steps=3, val="0").train(tmp_path / "run")
-    assert result.best["step"] == 3
+    assert result.kept["step"] == 3
     assert [row["val_miou"] for row in log_of(tmp_path / "run")] == ["", "", ""]
 
 

@@ -55,7 +55,7 @@ def test_every_combination_is_trained_and_scored_on_validation(store, tmp_path, 
     for row in rows:
         result = json.loads((out / "runs" / row["run"] / "result.json").read_text())
         assert row["part"] == "validation"
-        assert float(row["miou"]) == pytest.approx(result["best"]["val_miou"], abs=1e-6)
+        assert float(row["miou"]) == pytest.approx(result["kept"]["val_miou"], abs=1e-6)
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert table.count("| 2 |") == 4

@@ -272,7 +272,7 @@ def test_the_default_name_says_what_is_not_the_default(store):
 
 def test_a_head_learns_to_find_discs(store, tmp_path):
     result = train_small(store, tmp_path / "run", epochs=12, val="0.25", learning_rate=2e-2)
-    assert result.best["val_miou"] > 0.8
+    assert result.kept["val_miou"] > 0.8
     rows = log_of(tmp_path / "run")
     assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
 
@@ -324,12 +324,12 @@ def test_the_epoch_that_is_best_on_validation_is_kept(store, tmp_path):
     best = max(rows, key=lambda row: float(row["val_miou"]))
     with safe_open(tmp_path / "run" / "head.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == best["step"]
-    assert result.best["step"] == int(best["step"])
+    assert result.kept["step"] == int(best["step"])
 
 
 def test_without_validation_the_last_head_is_kept(store, tmp_path):
     result = train_small(store, tmp_path / "run", epochs=2, val="0")
-    assert result.best["step"] == 8
+    assert result.kept["step"] == 8
     assert [row["val_miou"] for row in log_of(tmp_path / "run")] == ["", ""]
 
 
@@ -460,7 +460,7 @@ def test_a_finished_run_is_left_alone(store, finished):
     result = train_small(store, finished, epochs=4, crop_px=32)
     assert result.steps_done_now == 0
     assert result.steps == 12
-    assert result.best["val_miou"] == pytest.approx(
+    assert result.kept["val_miou"] == pytest.approx(
         max(float(row["val_miou"]) for row in log_of(finished)), abs=1e-6
     )
     assert {p.name: p.stat().st_mtime_ns for p in finished.iterdir() if p.name != ".lock"} == {

@@ -268,7 +268,7 @@ def run_job(job: Job) -> Outcome:
         store = FeatureStore.open(job.point.store)
         settings = plan_settings(store, **_arguments(job.point), **job.settings)
         result = train_head(store, job.out, settings, device=job.device)
-        found = {name: float(result.best.get(f"val_{name}", math.nan)) for name in METRICS}
+        found = {name: float(result.kept.get(f"val_{name}", math.nan)) for name in METRICS}
         part = "validation"
         if job.eval_split is not None or job.point.fold is not None:
             part, found = _evaluated(job, store)
@@ -278,7 +278,7 @@ def run_job(job: Job) -> Outcome:
         job=job,
         part=part,
         scores=found,
-        kept_step=int(result.best["step"]),
+        kept_step=int(result.kept["step"]),
         seconds=result.seconds,
     )
 

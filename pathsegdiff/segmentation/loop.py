@@ -90,14 +90,14 @@ class TrainResult:
         path: The run.
         steps: Done in all.
         steps_done_now: Done by this call; 0 where the run had finished before.
-        best: Row of the log whose weights were kept.
+        kept: Row of the log whose weights were kept.
         seconds: Of training and validation, over all calls.
     """
 
     path: Path
     steps: int
     steps_done_now: int
-    best: Row
+    kept: Row
     seconds: float
 
 
@@ -108,7 +108,7 @@ class TrainingLoop(ABC, Generic[Batch]):
     """The state of one training, and its loop.
 
     A subclass says what a batch, the loss, the learning rate and a validation are, and what is
-    kept of the best row.
+    written of the row that is kept.
 
     Args:
         out: Folder of the run.
@@ -118,7 +118,9 @@ class TrainingLoop(ABC, Generic[Batch]):
         precision: Of the forward and backward pass.
         epoch_steps: Steps in which every sample is seen once.
         total_steps: None where something else than their number ends the training.
-        validates: Whether there is a validation part; without one the last row is the best.
+        validates: Whether there is a validation part.
+        keeps_best: Whether the weights of the best validation are kept, or those of the last row,
+            as without a validation part.
         progress: Called after each step.
     """
 
@@ -136,19 +138,21 @@ class TrainingLoop(ABC, Generic[Batch]):
         epoch_steps: int,
         total_steps: int | None,
         validates: bool,
+        keeps_best: bool,
         progress: Progress | None,
     ) -> None:
         self.out, self.network, self.optimizer = out, network, optimizer
         self.device, self.precision = device, precision
         self.epoch_steps, self.total_steps = epoch_steps, total_steps
-        self.validates, self.progress = validates, progress
+        self.validates, self.keeps_best = validates, keeps_best and validates
+        self.progress = progress
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=precision == "float16" and device.type == "cuda"
         )
         self.step = 0
         self.loss_sum, self.loss_steps = 0.0, 0
         self.rows: list[Row] = []
-        self.best: Row | None = None
+        self.kept: Row | None = None
         self.seconds = 0.0
         self._start_clock()
 
@@ -176,7 +180,7 @@ class TrainingLoop(ABC, Generic[Batch]):
 
     @abstractmethod
     def keep(self, metadata: dict[str, str]) -> None:
-        """Write the network as it is, the best one so far."""
+        """Write the network as it is, the best one so far or the latest."""
 
     @abstractmethod
     def lower_rate(self) -> str:
@@ -301,8 +305,8 @@ class TrainingLoop(ABC, Generic[Batch]):
         row["seconds"] = round(self.seconds, 3)
         self.rows.append(row)
         self.loss_sum, self.loss_steps = 0.0, 0
-        if self.best is None or quality(row) > quality(self.best) or not self.validates:
-            self.best = row
+        if self.kept is None or not self.keeps_best or quality(row) > quality(self.kept):
+            self.kept = row
             self.keep({key: repr(value) for key, value in row.items()})
         replace_file(self.out / LOG_FILE, lambda file: file.write_text(_csv(self.rows), "utf-8"))
         self._save_checkpoint()
@@ -342,7 +346,7 @@ class TrainingLoop(ABC, Generic[Batch]):
             "loss_sum": self.loss_sum,
             "loss_steps": self.loss_steps,
             "rows": self.rows,
-            "best": self.best,
+            "kept": self.kept,
             "seconds": self.seconds,
         }
         replace_file(self.out / CHECKPOINT_FILE, lambda file: torch.save(state, file))
@@ -358,7 +362,7 @@ class TrainingLoop(ABC, Generic[Batch]):
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.loss_sum, self.loss_steps = float(state["loss_sum"]), int(state["loss_steps"])
-            self.rows, self.best = list(state["rows"]), state["best"]
+            self.rows, self.kept = list(state["rows"]), state["kept"]
         except Exception as error:  # whatever the parsers make of a damaged file
             reason = str(error).split("\n", 1)[0][:200] or type(error).__name__
             raise RunError(
@@ -373,11 +377,11 @@ class TrainingLoop(ABC, Generic[Batch]):
         self._last_curves = time.monotonic()
 
     def _finish(self) -> TrainResult:
-        assert self.best is not None
+        assert self.kept is not None
         self._write_curves()
         result = {
             "steps": self.step,
-            "best": _json_row(self.best),
+            "kept": _json_row(self.kept),
             "last": _json_row(self.rows[-1]),
             "seconds": round(self.seconds, 3),
             "device": device_name(self.device),
@@ -389,7 +393,7 @@ class TrainingLoop(ABC, Generic[Batch]):
             path=self.out,
             steps=self.step,
             steps_done_now=self.step - self._steps_before,
-            best=self.best,
+            kept=self.kept,
             seconds=self.seconds,
         )
 
@@ -405,15 +409,15 @@ def finished_before(out: Path) -> TrainResult | None:
         return None
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        best = {
+        kept = {
             key: math.nan if value is None else float(value)
-            for key, value in result["best"].items()
+            for key, value in result["kept"].items()
         }
         return TrainResult(
             path=out,
             steps=int(result["steps"]),
             steps_done_now=0,
-            best=best,
+            kept=kept,
             seconds=float(result["seconds"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -451,7 +455,7 @@ def folder_name(name: str, settings: dict[str, Any], usual: dict[str, Any]) -> s
 
 
 def quality(row: Row) -> float:
-    """What the best row is the largest of."""
+    """What the best row has most of."""
     value = row.get("val_miou", math.nan)
     return -math.inf if math.isnan(value) else value
 

@@ -1,7 +1,7 @@
 """The folder of a run: what a training leaves and what evaluation and prediction read.
 
 RUN/config.json        every setting, the samples of each part, the store's recipe, provenance
-    head.safetensors   the head that was best on validation (the last one without validation)
+    head.safetensors   the head that was best on validation, or the last (--keep)
     checkpoint.pt      where to continue; gone once the training has finished
     log.csv            one row per validation;   curves.png  the same, drawn
     result.json        written last: the training has finished

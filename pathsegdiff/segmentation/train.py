@@ -1,7 +1,7 @@
 """Training of the segmentation head from a feature store (stage 2).
 
-Adam on the weighted cross-entropy; validation on whole regions; the head that is best there is
-kept.
+Adam on the weighted cross-entropy; validation on whole regions. Under a constant learning rate the
+head that is best there is kept, under one that falls to 0 the last.
 """
 
 import logging
@@ -74,8 +74,10 @@ DEFAULT_CROP_PX = 384
 SCHEDULES = ("constant", "cosine")
 AUGMENTATIONS = ("none", "flips")
 NORMALIZATIONS = ("channel", "none")
-#: With --steps: at most this many validations, and none more often than once per epoch.
-_MAX_VALIDATIONS = 20
+KEEPS = ("best", "last")
+#: With --steps: at most this many validations, and none more often than once per epoch. Where they
+#: choose nothing, a few are enough for the curve.
+_MAX_VALIDATIONS = {"best": 20, "last": 6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ class TrainSettings:
         head_width: W.
         augment: "none", or "flips" of the feature maps (not of the images: an approximation).
         normalize: "channel" standardises every feature channel, "none" does not.
+        keep: The head that is "best" on validation, or the "last".
         precision: Of the forward and backward pass.
         seed: Of the initial weights, the order, the crops and the validation groups.
     """
@@ -115,6 +118,7 @@ class TrainSettings:
     head_width: int
     augment: str = "none"
     normalize: str = "channel"
+    keep: str = "best"
     precision: str = "float32"
     seed: int = 0
 
@@ -138,6 +142,7 @@ class TrainSettings:
             ("--schedule", self.schedule, SCHEDULES),
             ("--augment", self.augment, AUGMENTATIONS),
             ("--normalize", self.normalize, NORMALIZATIONS),
+            ("--keep", self.keep, KEEPS),
         ):
             if name not in choices:
                 raise RunError(f"{option} must be one of {', '.join(choices)}, got {name!r}")
@@ -158,7 +163,7 @@ class TrainSettings:
         epoch = steps_per_epoch(num_samples, self.batch_size)
         if self.steps is None:
             return epoch
-        return max(1, min(self.steps, max(epoch, self.steps // _MAX_VALIDATIONS)))
+        return max(1, min(self.steps, max(epoch, self.steps // _MAX_VALIDATIONS[self.keep])))
 
 
 def plan_settings(
@@ -171,6 +176,8 @@ def plan_settings(
     taps: Sequence[str] | None = None,
     epochs: int | None = None,
     steps: int | None = None,
+    schedule: str = "constant",
+    keep: str | None = None,
     **others: Any,
 ) -> TrainSettings:
     """Fill in what a store decides: split, crop, taps and head width.
@@ -178,6 +185,9 @@ def plan_settings(
     Args:
         crop_px: "auto" for whole regions up to 512 px and 384 px crops of larger ones.
         head_width: None for the width that the store's model names.
+        keep: None for the last head under a cosine, for the best on validation otherwise: one of
+            few images is a noisy judge, and under a cosine the last head is the better one
+            (docs/results.md).
         others: Further fields of ``TrainSettings``.
 
     Raises:
@@ -202,13 +212,17 @@ def plan_settings(
         head_width=int(store.model["head_width"]) if head_width is None else head_width,
         epochs=epochs,
         steps=steps,
+        schedule=schedule,
+        keep=("last" if schedule == "cosine" else "best") if keep is None else keep,
         **others,
     )
 
 
 def default_run_name(store: FeatureStore, settings: TrainSettings) -> str:
     """Name of a run folder: the store's, and each setting that is not the default."""
-    usual, chosen = plan_settings(store).to_dict(), settings.to_dict()
+    usual = plan_settings(store, schedule=settings.schedule).to_dict()
+    chosen = settings.to_dict()
+    usual["schedule"] = "constant"
     if chosen["taps"] != usual["taps"]:
         taps = chosen["taps"]
         chosen["taps"] = "-".join(taps) if len(taps) <= 3 else content_hash(taps)[:8]
@@ -296,6 +310,7 @@ class _Training(TrainingLoop[FeatureBatch]):
             epoch_steps=steps_per_epoch(len(parts.train), settings.batch_size),
             total_steps=settings.total_steps(len(parts.train)),
             validates=bool(parts.val),
+            keeps_best=settings.keep == "best",
             progress=progress,
         )
 

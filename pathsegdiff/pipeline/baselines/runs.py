@@ -1,7 +1,7 @@
 """The folder of a baseline's run: the files of a head's run, with its network for the head.
 
 RUN/config.json           every setting, the samples of each part, the network, provenance
-    network.safetensors   the weights that were best on validation (the last without validation)
+    network.safetensors   the weights that were best on validation, or the last (--keep)
     checkpoint.pt, log.csv, curves.png, result.json   as ``psd train-head`` leaves them
     eval-SPLIT/           as ``psd eval`` leaves it
 """
@@ -20,6 +20,7 @@ from pathsegdiff.pipeline.baselines.images import AUGMENTATION
 from pathsegdiff.pipeline.baselines.networks import STRIDE, architecture_of, build_network
 from pathsegdiff.segmentation.loop import folder_name
 from pathsegdiff.segmentation.runs import CONFIG_FILE, FORMAT, load_weights
+from pathsegdiff.segmentation.train import KEEPS
 
 NETWORK_FILE = "network.safetensors"
 KIND = "baseline"
@@ -28,7 +29,7 @@ DEFAULT_MINUTES = 60.0
 DEFAULT_BATCH_SIZE = 4
 #: About so many validations in a training, unless they take long.
 VALIDATIONS = 20
-#: The training ends after so many in a row that did not improve on the best.
+#: Where the best is kept, the training ends after so many in a row that did not improve on it.
 PATIENCE = 8
 WARM_UP_STEPS = 20
 WEIGHT_DECAY = 0.01
@@ -50,6 +51,7 @@ class BaselineSettings:
         minutes: Of training and validation together, or None.
         batch_size: Images per step.
         learning_rate: Highest of AdamW.
+        keep: The weights that are "best" on validation, or the "last".
         precision: Of the forward and backward pass.
         seed: Of the initial weights, the order, the augmentation and the parts.
     """
@@ -64,6 +66,7 @@ class BaselineSettings:
     minutes: float | None = DEFAULT_MINUTES
     batch_size: int = DEFAULT_BATCH_SIZE
     learning_rate: float
+    keep: str = "best"
     precision: str = "float32"
     seed: int = 0
 
@@ -81,6 +84,8 @@ class BaselineSettings:
         for option, number in (("--minutes", self.minutes), ("--lr", self.learning_rate)):
             if number is not None and not 0 < number < math.inf:
                 raise RunError(f"{option} must be a number above 0, got {number}")
+        if self.keep not in KEEPS:
+            raise RunError(f"--keep must be one of {', '.join(KEEPS)}, got {self.keep!r}")
         # Below two cells a batch normalisation of one image would have nothing to normalise.
         if self.size_px % STRIDE or not 2 * STRIDE <= self.size_px <= _MAX_SIZE_PX:
             raise RunError(

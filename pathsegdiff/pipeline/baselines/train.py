@@ -1,7 +1,7 @@
 """The training of a baseline on images in memory.
 
 AdamW with a short warm-up and a cosine, over a number of steps or a time; class-weighted
-cross-entropy plus soft Dice; the weights that are best on validation are kept.
+cross-entropy plus soft Dice. The weights that are best on validation are kept, or the last.
 Shapes: S = ``size_px``, H = W = region_px, K = classes.
 """
 
@@ -79,6 +79,7 @@ class BaselineTraining(TrainingLoop[ImageBatch]):
             epoch_steps=steps_per_epoch(len(train), settings.batch_size),
             total_steps=settings.steps,
             validates=bool(val),
+            keeps_best=settings.keep == "best",
             progress=progress,
         )
 
@@ -173,9 +174,9 @@ class BaselineTraining(TrainingLoop[ImageBatch]):
         return self.elapsed() / (60 * self.settings.minutes)
 
     def _patience_is_over(self) -> bool:
-        if not self.validates or self.best is None:
+        if not self.keeps_best or self.kept is None:
             return False
-        return sum(row["step"] > self.best["step"] for row in self.rows) >= PATIENCE
+        return sum(row["step"] > self.kept["step"] for row in self.rows) >= PATIENCE
 
 
 def region_logits(
