@@ -429,6 +429,22 @@ def test_a_training_that_no_longer_improves_ends(dataset, tmp_path, monkeypatch)
     assert ended == "no improvement in 3 validations"
 
 
+def test_the_last_weights_are_kept_where_that_is_asked_for(dataset, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.5, 0.4, 0.5, 0.45])
+    monkeypatch.setattr(train_module, "PATIENCE", 2)
+    monkeypatch.setattr(
+        train_module.BaselineTraining,
+        "validate",
+        lambda self, interrupt: {"val_loss": 1.0, "val_miou": next(scores)},
+    )
+    result = small(dataset, steps=5, keep="last").train(tmp_path / "run")
+    assert result.steps == result.kept["step"] == 5
+    _, metadata = load_baseline(tmp_path / "run", read_baseline(tmp_path / "run"))
+    assert metadata["step"] == "5"
+    with pytest.raises(RunError, match="--keep must be one of best, last"):
+        small(dataset, keep="first")
+
+
 def test_without_validation_the_last_weights_are_kept(dataset, tmp_path):
     result = small(dataset, steps=3, val="0").train(tmp_path / "run")
     assert result.kept["step"] == 3

@@ -244,6 +244,7 @@ def test_a_store_decides_split_crop_taps_and_width(store, tmp_path):
         ({"learning_rate": 0.0}, "--lr must be a number above 0, got 0.0"),
         ({"learning_rate": float("nan")}, "--lr must be a number above 0, got nan"),
         ({"head_width": 10}, "--head-width must be a multiple of 4, got 10"),
+        ({"keep": "first"}, "--keep must be one of best, last, got 'first'"),
         ({"schedule": "step"}, "--schedule must be one of constant, cosine, got 'step'"),
         ({"augment": "rotate"}, "--augment must be one of none, flips, got 'rotate'"),
         ({"normalize": "batch"}, "--normalize must be one of channel, none, got 'batch'"),
@@ -325,6 +326,30 @@ def test_the_epoch_that_is_best_on_validation_is_kept(store, tmp_path):
     with safe_open(tmp_path / "run" / "head.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == best["step"]
     assert result.kept["step"] == int(best["step"])
+
+
+def test_the_last_head_is_kept_where_that_is_asked_for(store, tmp_path):
+    from safetensors import safe_open
+
+    settings = {"epochs": 4, "learning_rate": 0.1}
+    best = train_small(store, tmp_path / "best", keep="best", **settings)
+    last = train_small(store, tmp_path / "last", keep="last", **settings)
+    assert best.kept["step"] < last.kept["step"] == last.steps
+    assert last.kept["val_miou"] < best.kept["val_miou"]
+    with safe_open(tmp_path / "last" / "head.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == str(last.steps)
+    # The same training: what is kept of it changes no step.
+    assert log_of(tmp_path / "last")[-1]["loss"] == log_of(tmp_path / "best")[-1]["loss"]
+
+
+def test_a_cosine_keeps_the_last_head_unless_it_is_told_otherwise(store):
+    assert plan_settings(store).keep == "best"
+    assert plan_settings(store, schedule="cosine").keep == "last"
+    assert plan_settings(store, schedule="cosine", keep="best").keep == "best"
+    assert plan_settings(store, steps=100, schedule="cosine").validation_interval(8) == 16
+    named = plan_settings(store, schedule="cosine", keep="best")
+    assert default_run_name(store, named) == "shapes-schedule-cosine-keep-best"
+    assert default_run_name(store, plan_settings(store, keep="last")) == "shapes-keep-last"
 
 
 def test_without_validation_the_last_head_is_kept(store, tmp_path):
