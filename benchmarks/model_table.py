@@ -20,6 +20,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 PSD = [sys.executable, "-m", "cli"]
 #: Of every row: settings were chosen before, on the patient folds of GlaS' training split
@@ -58,8 +61,23 @@ ROWS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training.
+
+    Attributes:
+        name: Of the row.
+        limit: Training images; None for all.
+        seed: Of weights, order and the choice of images.
+    """
+
+    name: str
+    limit: int | None
+    seed: int
+
+
 def main() -> None:
-    """Run what is missing, then write table.md and table.json."""
+    """Run what is missing, then write table.md and table.json, and few_labels.png where it fits."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--data-root", type=Path)
@@ -70,22 +88,28 @@ def main() -> None:
     parser.add_argument("--t", default="50")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--limit-images", type=int, help="that train; all of them if not given")
+    parser.add_argument("--limit-images", default="all", metavar="N[,N...]", help="that train")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     rows = {name: ROWS[name] for name in options.rows.split(",")}
     seeds = [int(seed) for seed in options.seeds.split(",")]
+    limits = [None if limit == "all" else int(limit) for limit in options.limit_images.split(",")]
     options.out.mkdir(parents=True, exist_ok=True)
     for command in extractions(options, {row.store for row in rows.values()}):
         run(command, options, threads=2)
-    jobs = [(name, seed) for seed in seeds for name in rows]
+    jobs = [
+        Job(name=name, limit=limit, seed=seed)
+        for limit in limits
+        for seed in seeds
+        for name in rows
+    ]
     with ThreadPoolExecutor(options.jobs) as pool:
         # A row that fails must not cost the others.
-        list(pool.map(lambda job: one_run(options, rows[job[0]], *job), jobs))
+        list(pool.map(lambda job: one_run(options, rows[job.name], job), jobs))
     if not options.dry_run:
-        write_table(options, rows, seeds)
+        write_table(options, rows, limits, seeds)
 
 
 def extractions(options: argparse.Namespace, stores: set[str | None]) -> list[list[str]]:
@@ -123,36 +147,32 @@ def store_path(options: argparse.Namespace, store: str) -> Path:
     return folder / f"{dataset}-{model}-t{options.t}{null}.zarr"
 
 
-def run_path(options: argparse.Namespace, name: str, seed: int) -> Path:
+def run_path(options: argparse.Namespace, job: Job) -> Path:
     """Folder of a run."""
-    few = "" if options.limit_images is None else f"-{options.limit_images}images"
-    return options.out / "runs" / f"{name}{few}-seed{seed}"
+    few = "" if job.limit is None else f"-{job.limit}images"
+    return options.out / "runs" / f"{job.name}{few}-seed{job.seed}"
 
 
-def metrics_path(options: argparse.Namespace, name: str, seed: int) -> Path:
+def metrics_path(options: argparse.Namespace, job: Job) -> Path:
     """Where a finished run has its figures."""
-    return run_path(options, name, seed) / f"eval-{options.eval_split}" / "metrics.json"
+    return run_path(options, job) / f"eval-{options.eval_split}" / "metrics.json"
 
 
-def one_run(options: argparse.Namespace, row: Row, name: str, seed: int) -> None:
+def one_run(options: argparse.Namespace, row: Row, job: Job) -> None:
     """Train and score a row with one seed, unless it has been."""
-    if metrics_path(options, name, seed).exists():
+    if metrics_path(options, job).exists():
         return
-    out = str(run_path(options, name, seed))
-    common = [*COMMON, "--seed", str(seed), "--out", out]
-    if options.limit_images is not None:
-        common += ["--limit-images", str(options.limit_images)]
+    out = str(run_path(options, job))
+    common = [*COMMON, "--seed", str(job.seed), "--out", out]
+    if job.limit is not None:
+        common += ["--limit-images", str(job.limit)]
+    scored = ["--eval-split", options.eval_split]
     if row.store is None:
-        run(
-            [*PSD, "baseline", name, *data(options), "--eval-split", options.eval_split,
-             *common, *UNET, *row.arguments],
-            options,
-        )  # fmt: skip
+        run([*PSD, "baseline", job.name, *data(options), *scored, *common, *UNET], options)
         return
-    features = str(store_path(options, row.store))
-    run([*PSD, "train-head", "--features", features, *common, *HEAD, *row.arguments], options)
-    run([*PSD, "eval", "--run", out, "--features", features, "--split", options.eval_split],
-        options)  # fmt: skip
+    features = ["--features", str(store_path(options, row.store))]
+    run([*PSD, "train-head", *features, *common, *HEAD, *row.arguments], options)
+    run([*PSD, "eval", "--run", out, *features, "--split", options.eval_split], options)
 
 
 def run(command: list[str], options: argparse.Namespace, threads: int = 1) -> None:
@@ -167,41 +187,102 @@ def run(command: list[str], options: argparse.Namespace, threads: int = 1) -> No
         print(f"failed ({done.returncode}), see {options.out / 'log.txt'}", flush=True)
 
 
-def write_table(options: argparse.Namespace, rows: dict[str, Row], seeds: list[int]) -> None:
+def write_table(
+    options: argparse.Namespace,
+    rows: dict[str, Row],
+    limits: list[int | None],
+    seeds: list[int],
+) -> None:
     """Mean over the seeds, lowest to highest, and the interval over images of the first seed."""
-    lines = [
-        f"| {options.eval_split} | mIoU, mean (range) | 95 % interval over images, one seed "
-        "| Dice | accuracy | seeds |",
-        "|---|---|---|---|---|---|",
+    few = len(limits) > 1
+    header = [
+        f"{options.eval_split}, mIoU",
+        *(["images"] if few else []),
+        "mean (range)",
+        "95 % interval over images, one seed",
+        "Dice",
+        "accuracy",
+        "seeds",
     ]
-    table = {}
+    lines = [header, ["---"] * len(header)]
+    found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
     for name, row in rows.items():
-        found = []
-        for seed in seeds:
-            file = metrics_path(options, name, seed)
-            if file.exists():
-                found.append(json.loads(file.read_text(encoding="utf-8")))
-        if not found:
-            lines.append(f"| {row.title} | not run | | | | 0 of {len(seeds)} |")
-            continue
-        values = {column: [metrics[column] for metrics in found] for column in COLUMNS}
-        table[name] = {"title": row.title, "seeds": len(found), **values}
-        spread = f" ({min(values['miou']):.3f} to {max(values['miou']):.3f})" if found[1:] else ""
-        limits = found[0]["intervals"]["miou"]
-        low, high = (limits["low"], limits["high"]) if isinstance(limits, dict) else limits[-2:]
-        incomplete = "" if len(found) == len(seeds) else ", incomplete"
-        mean = {column: statistics.mean(values[column]) for column in COLUMNS}
-        lines.append(
-            f"| {row.title} | {mean['miou']:.3f}{spread} | {low:.3f} to {high:.3f} "
-            f"| {mean['dice']:.3f} | {mean['accuracy']:.3f} "
-            f"| {len(found)} of {len(seeds)}{incomplete} |"
-        )
-    few = "" if options.limit_images is None else f"-{options.limit_images}images"
-    text = "\n".join(lines) + "\n"
-    (options.out / f"table{few}.md").write_text(text, encoding="utf-8")
-    text = json.dumps(table, indent=2) + "\n"
-    (options.out / f"table{few}.json").write_text(text, encoding="utf-8")
-    print("\n".join(lines))
+        for limit in limits:
+            jobs = [Job(name=name, limit=limit, seed=seed) for seed in seeds]
+            runs = [figures(options, job) for job in jobs if metrics_path(options, job).exists()]
+            found[name, limit] = runs
+            images = ["all" if limit is None else str(limit)] if few else []
+            lines.append([row.title, *images, *cells(runs, len(seeds))])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    (options.out / "table.md").write_text(text, encoding="utf-8")
+    table = [
+        {
+            "row": name,
+            "images": limit,
+            **{column: [metrics[column] for metrics in runs] for column in COLUMNS},
+        }
+        for (name, limit), runs in found.items()
+    ]
+    (options.out / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    if few:
+        draw(options.out / "few_labels.png", rows, found)
+    print(text, end="")
+
+
+def figures(options: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """The metrics of a finished run, and how many images it was trained on."""
+    metrics = json.loads(metrics_path(options, job).read_text(encoding="utf-8"))
+    config = json.loads((run_path(options, job) / "config.json").read_text(encoding="utf-8"))
+    return {**metrics, "training_images": len(config["samples"]["train"])}
+
+
+def cells(runs: list[dict[str, Any]], planned: int) -> list[str]:
+    """Of one row: mean and range, interval, Dice, accuracy, seeds."""
+    if not runs:
+        return ["not run", "", "", "", f"0 of {planned}"]
+    miou = [metrics["miou"] for metrics in runs]
+    spread = f" ({min(miou):.3f} to {max(miou):.3f})" if runs[1:] else ""
+    interval = runs[0]["intervals"]["miou"]
+    incomplete = "" if len(runs) == planned else ", incomplete"
+    return [
+        f"{statistics.mean(miou):.3f}{spread}",
+        f"{interval['low']:.3f} to {interval['high']:.3f}",
+        *(f"{statistics.mean(metrics[c] for metrics in runs):.3f}" for c in ("dice", "accuracy")),
+        f"{len(runs)} of {planned}{incomplete}",
+    ]
+
+
+def draw(
+    path: Path, rows: dict[str, Row], found: dict[tuple[str, int | None], list[dict[str, Any]]]
+) -> None:
+    """mIoU over the number of training images that there really were."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    counts: set[int] = set()
+    for name, row in rows.items():
+        points = []
+        for (other, _), runs in found.items():
+            if other == name and runs:
+                miou = [metrics["miou"] for metrics in runs]
+                points.append(
+                    (runs[0]["training_images"], statistics.mean(miou), min(miou), max(miou))
+                )
+        if points:
+            points.sort()
+            x, mean, low, high = (np.array(values) for values in zip(*points, strict=True))
+            counts |= {int(count) for count in x}
+            axes.errorbar(x, mean, yerr=[mean - low, high - mean], marker="o", capsize=3,
+                          label=row.title)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(counts), [str(count) for count in sorted(counts)])
+    axes.minorticks_off()
+    axes.set(xlabel="training images", ylabel="mIoU")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(str(path))
 
 
 if __name__ == "__main__":
