@@ -16,7 +16,7 @@ from pathsegdiff.device import device_name
 from pathsegdiff.errors import RunError
 from pathsegdiff.features.store import StoredSample
 from pathsegdiff.pipeline.baselines.images import Images, Picture
-from pathsegdiff.pipeline.baselines.networks import build_network, network_facts
+from pathsegdiff.pipeline.baselines.networks import build_network, network_facts, on_device
 from pathsegdiff.pipeline.baselines.runs import (
     BaselineConfig,
     BaselineSettings,
@@ -121,7 +121,7 @@ class Baseline:
                 write_json(out / CONFIG_FILE, config.to_dict())
             weights = torch.tensor(config.class_weights, device=device)
             training = BaselineTraining(
-                out, network.to(device), settings, train, val, weights, device, progress
+                out, on_device(network, device), settings, train, val, weights, device, progress
             )
             training.resume_or_begin()
             return training.run()
@@ -150,7 +150,7 @@ class Baseline:
         known = {sample.sample_id: sample for sample in self.images.samples}
         card = self.images.card
         return score_samples(
-            _NetworkSegmenter(network.to(device), self.images, device),
+            _NetworkSegmenter(on_device(network, device), self.images, device),
             card,
             path / f"eval-{self.part}",
             part=self.part,

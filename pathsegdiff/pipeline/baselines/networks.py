@@ -98,6 +98,12 @@ def architecture_of(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
+def on_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on a device, channels last: on a CPU a step takes two thirds of the time."""
+    moved = network.to(device)
+    return moved.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def network_facts(name: str, network: nn.Module) -> dict[str, Any]:
     """What a run records of its network, JSON types."""
     architecture = architecture_of(name)
@@ -112,9 +118,9 @@ def network_facts(name: str, network: nn.Module) -> dict[str, Any]:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """(B, 3, S, S) RGB in [0, 1] as the networks expect it, from scratch as well."""
+    """(B, 3, S, S) RGB in [0, 1] as the networks expect it, from scratch as well; channels last."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in _NORMALISATION)
-    return (images - mean) / std
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 _NORMALISATION = (imagenet.MEAN, imagenet.STD)
