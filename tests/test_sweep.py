@@ -60,7 +60,8 @@ def test_every_combination_is_trained_and_scored_on_validation(store, tmp_path, 
     assert table in capsys.readouterr().out
     assert table.count("| 2 |") == 4
     assert table.startswith("| taps | lr | mIoU (validation) |")
-    assert Image.open(out / "plot.png").width > 400
+    with Image.open(out / "plot.png") as drawn:
+        assert drawn.width > 400
 
 
 def test_a_sweep_continues_with_what_is_missing(store, tmp_path, monkeypatch, capsys):
