@@ -1,0 +1,255 @@
+"""Everything that ``psd bench`` measures, as one dictionary and one table."""
+
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pathsegdiff.data.manifest import open_dataset
+from pathsegdiff.device import device_name
+from pathsegdiff.diffusion.bundle import load_bundle
+from pathsegdiff.errors import ConfigError
+from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.pipeline.bench import extraction, head, reading
+from pathsegdiff.pipeline.bench.measure import Spread, copy_rate, matmul_rate
+from pathsegdiff.provenance import versions
+
+DATASET = "demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What is measured, and how often.
+
+    Attributes:
+        model: Name or folder of a bundle.
+        samples: Regions of 512 px, four patches each, of the embedded images.
+        batch_size: Patches per forward of ours.
+        head_batch: Regions per training step.
+        runs: Of each side, taking turns.
+        precision: Of ours beside the plain way's float32, measured after float32 itself.
+        device: Where to compute.
+        memory: Whether peak memory is measured too, in processes of their own.
+    """
+
+    model: str = "tiny"
+    samples: int = 8
+    batch_size: int = 4
+    head_batch: int = 1
+    runs: int = 5
+    precision: str = "float32"
+    device: torch.device
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        for option, value in (
+            ("--samples", self.samples),
+            ("--batch-size", self.batch_size),
+            ("--head-batch", self.head_batch),
+            ("--runs", self.runs),
+        ):
+            if value < 1:
+                raise ConfigError(f"{option} must be at least 1, got {value}")
+        if self.head_batch > self.samples:
+            raise ConfigError(
+                f"--head-batch {self.head_batch} needs as many samples, got {self.samples}"
+            )
+
+
+def run_bench(
+    settings: BenchSettings, *, log: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Measure everything; JSON types.
+
+    Args:
+        log: Called with a line before each part.
+    """
+    dataset = open_dataset(DATASET)
+    dataset.samples = dataset.samples[: settings.samples]
+    bundle = load_bundle(settings.model)
+    device = settings.device
+    precisions = list(dict.fromkeys(("float32", settings.precision)))
+    found: dict[str, Any] = {
+        "settings": {**asdict(settings), "device": str(device)},
+        "model": {"name": bundle.card.name, "channels": bundle.card.num_channels},
+        "device": device_name(device),
+        "processor": platform.processor() or platform.machine(),
+        "versions": versions(),
+    }
+    with tempfile.TemporaryDirectory(prefix="psd-bench-") as temporary:
+        folder = Path(temporary)
+        for precision in precisions:
+            log(f"extraction, {precision}")
+            stage_one = extraction.stage_one_of(bundle, device, precision, settings.batch_size)
+            found.setdefault("extraction", {})[precision] = _plain_types(
+                extraction.measure_extraction(dataset, bundle, stage_one, folder, settings.runs)
+            )
+            if precision == "float32":
+                store = FeatureStore.open(folder / "store.zarr")
+                found["bytes_per_patch"] = _plain_types(
+                    extraction.measure_bytes(store, folder / "plain")
+                )
+                found["largest_difference"] = extraction.largest_difference(store, folder / "plain")
+                found["multiply_adds_per_patch"] = extraction.count_multiply_adds(stage_one.model)
+        store = FeatureStore.open(folder / "store.zarr")
+        width = int(store.model["head_width"])
+        for precision in precisions:
+            log(f"head, {precision}")
+            found.setdefault("head", {})[precision] = _plain_types(
+                head.measure_head(
+                    store,
+                    folder / "plain",
+                    device,
+                    precision=precision,
+                    batch_size=settings.head_batch,
+                    width=width,
+                    runs=settings.runs,
+                )
+            )
+        log("reading")
+        found["reading"] = _plain_types(
+            reading.measure_reading(store, folder / "mapped", settings.runs)
+        )
+        log("what the hardware gives")
+        found["ceilings"] = {
+            "multiply_adds_per_second": {p: matmul_rate(device, p) for p in precisions},
+            "copy_bytes_per_second": copy_rate(device),
+        }
+        if settings.memory:
+            log("memory")
+            found["peak_bytes"] = _peaks(settings, folder, width)
+    return found
+
+
+def _peaks(settings: BenchSettings, folder: Path, width: int) -> dict[str, int]:
+    device, store = str(settings.device), str(folder / "store.zarr")
+    plain = folder / "plain"
+    step = (device, "float32", settings.head_batch, width)
+    few = min(settings.samples, 2)
+    return {
+        "extraction, ours": extraction.peak_of_ours(
+            DATASET, few, settings.model, device, settings.batch_size, "float32", folder
+        ),
+        "extraction, plain": extraction.peak_of_plain(DATASET, few, settings.model, device, folder),
+        "training step, ours": head.peak_of_step(store, plain, *step, True),
+        "training step, plain": head.peak_of_step(store, plain, *step, False),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: one line per comparison, ours, plain and the ratio with its range over the runs."""
+    lines = [["", "plain", "ours", "times better", "runs from ... to"], ["---"] * 5]
+    for precision, speed in found["extraction"].items():
+        lines.append(
+            [
+                f"extraction, s per patch, {precision} (plain: float32)",
+                f"{speed['plain']['median']:.3f}",
+                f"{speed['ours']['median']:.3f}",
+                *_ratio(speed["to_plain"]),
+            ]
+        )
+        lines.append(
+            [
+                f"of the bare forwards, {precision}, batch {speed['batch_size']}",
+                "",
+                f"{speed['of_bare']['median']:.2f}",
+                "",
+                f"{speed['of_bare']['low']:.2f} to {speed['of_bare']['high']:.2f}",
+            ]
+        )
+    size = found["bytes_per_patch"]
+    lines.append(
+        [
+            "features, MB per patch",
+            f"{size['plain'] / 1e6:.2f}",
+            f"{size['features'] / 1e6:.2f}",
+            f"{size['plain'] / size['features']:.2f}",
+            "",
+        ]
+    )
+    for precision, speed in found["head"].items():
+        for name, title in _HEAD_LINES:
+            times = speed[name]
+            lines.append(
+                [
+                    f"{title}, s, {precision}",
+                    f"{times['plain']['median']:.3f}",
+                    f"{times['ours']['median']:.3f}",
+                    *_ratio(times["ratio"]),
+                ]
+            )
+    speed = found["reading"]
+    lines.append(
+        [
+            "reading, GB/s (plain: memory map)",
+            f"{speed['memmap_bytes_per_second']['median'] / 1e9:.2f}",
+            f"{speed['bytes_per_second']['median'] / 1e9:.2f}",
+            *_ratio(speed["of_memmap"]),
+        ]
+    )
+    peaks = found.get("peak_bytes", {})
+    for what in ("extraction", "training step"):
+        if peaks:
+            plain, ours = (peaks[f"{what}, {side}"] for side in ("plain", "ours"))
+            lines.append(
+                [
+                    f"peak memory, {what}, GB",
+                    f"{plain / 1e9:.2f}",
+                    f"{ours / 1e9:.2f}",
+                    f"{plain / ours:.2f}",
+                    "",
+                ]
+            )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def facts(found: dict[str, Any]) -> list[str]:
+    """What a reader of the table has to know, a line each."""
+    model, settings = found["model"], found["settings"]
+    lines = [
+        f"{model['name']}, {model['channels']} channels; {found['device']}, {found['processor']}; "
+        f"medians of {settings['runs']} runs, the sides taking turns"
+    ]
+    needed = found["multiply_adds_per_patch"]
+    for precision, rate in found["ceilings"]["multiply_adds_per_second"].items():
+        seconds = found["extraction"][precision]["bare"]["median"]
+        lines.append(
+            f"{precision}: a patch is {needed / 1e9:.3g} billion multiply-adds, a large matrix "
+            f"product runs {rate / 1e9:.4g} billion a second; so {needed / rate:.3g} s at best, "
+            f"the bare forwards take {seconds:.3g} s"
+        )
+    first = found["head"]["float32"]
+    lines.append(
+        f"features differ from the plain ones by {found['largest_difference']:.1e} (norms, "
+        f"float16); the head's outputs by {first['output_difference']:.1e}, its first gradient by "
+        f"{first['gradient_difference']:.1e} (of the largest value, float32)"
+    )
+    return lines
+
+
+def _ratio(values: dict[str, float]) -> list[str]:
+    return [f"{values['median']:.2f}", f"{values['low']:.2f} to {values['high']:.2f}"]
+
+
+def _plain_types(found: Any) -> Any:
+    """A dataclass of spreads and numbers as JSON types."""
+    return {key: _value(value) for key, value in vars(found).items()}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, Spread):
+        return value.to_dict()
+    if isinstance(value, dict):
+        return {key: _value(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+_HEAD_LINES = (
+    ("first_layer", "head's first layer, forward and gradient"),
+    ("step", "head's step"),
+    ("step_with_reading", "four steps with reading"),
+)
