@@ -5,7 +5,7 @@ import pytest
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from pathsegdiff.features.shards import encode_shard
+from pathsegdiff.features.shards import encode_shard, inner_chunk, read_shard
 
 
 def make_array(folder, shape, chunk, dtype):
@@ -54,6 +54,65 @@ def test_a_strided_view_is_written_as_its_values(tmp_path):
     array[1] = 0
     (tmp_path / "a.zarr" / "c" / "1" / "0" / "0" / "0").write_bytes(encode_shard(values, (2, 4, 4)))
     np.testing.assert_array_equal(array[1], values)
+
+
+SELECTIONS = [
+    np.s_[:, :, :],
+    np.s_[3:9, :, :],
+    np.s_[4:8, 0:16, 0:16],
+    np.s_[3:9, 2:13, 5:6],
+    np.s_[11:12, 15:16, 0:4],
+    np.s_[5:5, :, :],
+]
+
+
+@pytest.mark.parametrize("chunk", [(4, 16, 16), (4, 4, 4), (12, 16, 4), (1, 16, 16)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_read_is_what_zarr_reads(tmp_path, chunk, dtype):
+    array = make_array(tmp_path, (12, 16, 16), chunk, dtype)
+    array[1] = np.random.default_rng(0).normal(size=(12, 16, 16)).astype(dtype)
+    found = inner_chunk(array.metadata.to_dict()["codecs"])
+    assert found == (1, *chunk)
+    file = tmp_path / "a.zarr" / "c" / "1" / "0" / "0" / "0"
+    for where in SELECTIONS:
+        values = read_shard(file, (12, 16, 16), found[1:], array.dtype, where)
+        np.testing.assert_array_equal(values, array[(1, *where)])
+        assert values.dtype == array.dtype
+        assert values.flags.writeable
+
+
+def test_every_flipped_byte_of_a_shard_is_noticed(tmp_path):
+    values = np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float16)
+    content = encode_shard(values, (2, 4, 4))
+    file = tmp_path / "shard"
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checksum|no place|cut short"):
+            read_shard(file, (4, 4, 4), (2, 4, 4), values.dtype, np.s_[:, :, :])
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"checksum|no place|cut short|too short"):
+            read_shard(file, (4, 4, 4), (2, 4, 4), values.dtype, np.s_[:, :, :])
+
+
+def test_a_chunk_that_is_not_asked_for_is_not_looked_at(tmp_path):
+    values = np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float16)
+    content = encode_shard(values, (2, 4, 4))
+    content[3] ^= 1
+    (tmp_path / "shard").write_bytes(content)
+    second = read_shard(tmp_path / "shard", (4, 4, 4), (2, 4, 4), values.dtype, np.s_[2:4, :, :])
+    np.testing.assert_array_equal(second, values[2:])
+
+
+def test_an_array_that_is_coded_otherwise_is_left_to_zarr(tmp_path):
+    make = {"shape": (2, 4, 4, 4), "chunks": (1, 2, 4, 4), "dtype": "float16"}
+    for number, more in enumerate(
+        ({}, {"shards": (1, 4, 4, 4)}, {"shards": (1, 4, 4, 4), "compressors": None})
+    ):
+        array = zarr.create_array(str(tmp_path / f"{number}.zarr"), **make, **more)
+        assert inner_chunk(array.metadata.to_dict()["codecs"]) is None
 
 
 def test_chunks_that_do_not_tile_are_refused():

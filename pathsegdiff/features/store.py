@@ -27,12 +27,14 @@ import zarr
 import zarr.errors
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
 from pathsegdiff.config import ALL_TAPS, Recipe
 from pathsegdiff.data.labels import LabelScheme
 from pathsegdiff.data.regions import RegionRule
 from pathsegdiff.errors import ConfigError, DataError, StoreError
 from pathsegdiff.features.layout import GRID_STRIDE, Level
+from pathsegdiff.features.shards import inner_chunk, read_shard
 from pathsegdiff.grid import patchwise_matrix
 
 FORMAT = 1
@@ -168,6 +170,7 @@ class FeatureStore:
         self._read_attributes(dict(group.attrs))
         self._checked: set[int] = set()
         self._arrays: dict[str, zarr.Array] = {}
+        self._chunks: dict[str, tuple[int, ...]] = {}
         self.reload()
 
     @classmethod
@@ -270,7 +273,7 @@ class FeatureStore:
         if missing:
             raise KeyError(f"{level} has no tap {missing[0]!r}")
         parts = [
-            self._read(sample, level, (slice(start, stop), rows, columns))
+            self._read_features(sample, level, (slice(start, stop), rows, columns))
             for start, stop in _runs([tap for tap in spec.taps if tap.name in wanted])
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -441,6 +444,31 @@ class FeatureStore:
             return np.asarray(array[row])
         except (ValueError, RuntimeError, zarr.errors.BaseZarrError) as error:
             # A chunk whose checksum or compressed stream is wrong.
+            raise StoreError(
+                f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error}); "
+                f"run `psd cache repair {self.path}`"
+            ) from None
+
+    def _read_features(
+        self, sample: StoredSample, name: str, where: tuple[slice | None, ...]
+    ) -> np.ndarray:
+        """As ``_read``, several times faster where the store lies on a local disk."""
+        array = self._array(name)
+        chunk = self._chunks.get(name)
+        if chunk is None:
+            local = isinstance(array.store, LocalStore)
+            codecs: Any = array.metadata.to_dict()["codecs"]
+            found = inner_chunk(codecs) if local else None
+            chunk = self._chunks[name] = found or ()
+        if not chunk or sample.index not in self._complete:
+            return self._read(sample, name, where)
+        self.check_sample(sample)
+        root = array.store.root  # type: ignore[attr-defined]
+        file = root / self._key(row_key(name, sample.index, array.ndim - 1))
+        selection = [slice(None) if part is None else part for part in where]
+        try:
+            return read_shard(file, array.shape[1:], chunk[1:], array.dtype, selection)
+        except (ValueError, FileNotFoundError) as error:
             raise StoreError(
                 f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error}); "
                 f"run `psd cache repair {self.path}`"

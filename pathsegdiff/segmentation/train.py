@@ -318,13 +318,7 @@ class _Training(TrainingLoop[FeatureBatch]):
         """Look at the features first."""
         if self.settings.normalize == "channel":
             _logger.info("channel statistics of %d training samples", len(self.parts.train))
-            statistics = channel_statistics(self.store, self.config.levels, self.parts.train)
-            self.head.set_normalization(
-                {
-                    name: (torch.from_numpy(mean), torch.from_numpy(std))
-                    for name, (mean, std) in statistics.items()
-                }
-            )
+            standardise(self.head, self.store, self.parts.train)
 
     def read_batch(self, step: int) -> FeatureBatch:
         """The crops of a step."""
@@ -394,6 +388,17 @@ class _Training(TrainingLoop[FeatureBatch]):
         if self.settings.normalize == "none":
             return f"--normalize channel, or {remedy}"
         return remedy
+
+
+def standardise(head: FCNHead, store: FeatureStore, samples: Sequence[StoredSample]) -> None:
+    """Let a head standardise its features by their mean and deviation over some samples."""
+    statistics = channel_statistics(store, head.levels, samples)
+    head.set_normalization(
+        {
+            name: (torch.from_numpy(mean), torch.from_numpy(std))
+            for name, (mean, std) in statistics.items()
+        }
+    )
 
 
 def region_logits(

@@ -17,6 +17,7 @@ from pathsegdiff.pipeline.bench.plain import load_batch
 from pathsegdiff.segmentation.head import FCNHead, FeatureBatch
 from pathsegdiff.segmentation.losses import weighted_cross_entropy
 from pathsegdiff.segmentation.sampling import CropRequest, RegionReader, head_levels, prefetch
+from pathsegdiff.segmentation.train import standardise
 
 _LEARNING_RATE = 1e-4
 #: Of a run with reading: so many that reading ahead has something to hide behind.
@@ -68,6 +69,7 @@ class _Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.head = FCNHead(levels, self.num_classes, width).to(device).train()
+        standardise(self.head, store, self.samples)
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=_LEARNING_RATE)
         self.weights = torch.ones(self.num_classes, device=device)
 
