@@ -133,11 +133,12 @@ def export(store: Path, sample_ids: tuple[str, ...], out: Path) -> None:
     if unknown:
         raise StoreError(f"{store} has no complete sample {unknown[0]!r}; see `psd cache info`")
     out.mkdir(parents=True, exist_ok=True)
+    dtype = "float32" if opened.recipe.dtype == "float32" else "float16"
     for name in sample_ids or by_id:
         sample = by_id[name]
         np.savez(
             out / f"{name}.npz",
-            features=opened.dense(sample).astype(opened.recipe.dtype),
+            features=opened.dense(sample).astype(dtype),
             taps=np.array(opened.tap_names),
             label=opened.label(sample),
             image=opened.image(sample),

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 )
 @click.option("--taps", default="all", show_default=True, help="Such as up_05,up_08; or all.")
 @click.option(
-    "--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True
+    "--dtype",
+    type=click.Choice(["float16", "float32", "int8"]),
+    default="float16",
+    show_default=True,
+    help="Of the stored features; int8: less than half the bytes, a scale per channel and sample.",
 )
 @click.option("--mpp", type=float, help="Micrometres per pixel of a region [default: manifest's].")
 @click.option(

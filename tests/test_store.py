@@ -327,6 +327,46 @@ def test_a_data_set_without_objects_has_no_instances(tmp_path):
     assert store.instances(store.samples()[0]) is None
 
 
+def test_int8_keeps_a_scale_per_channel_and_less_than_half_the_bytes(tmp_path):
+    plain = build_store(tmp_path / "f.zarr", train=2, test=0, region_px=256, patch_px=128)
+    small = build_store(
+        tmp_path / "i.zarr", train=2, test=0, region_px=256, patch_px=128, dtype="int8"
+    )
+    for sample, other in zip(plain.samples(), small.samples(), strict=True):
+        sizes = plain.bytes_of(sample), small.bytes_of(other)
+        for level in plain.levels:
+            values, rounded = plain.read_level(sample, level), small.read_level(other, level)
+            assert rounded.dtype == np.float32
+            steps = np.abs(values).max(axis=(1, 2), keepdims=True).astype(np.float32) / 127
+            assert (np.abs(rounded - values) <= 0.51 * steps + 1e-3 * np.abs(values)).all()
+            taps = [tap.name for tap in plain.levels[level].taps][-1:]
+            some = small.read_level(other, level, taps=taps, rows=slice(1, 3))
+            start = plain.levels[level].taps[-1].start
+            np.testing.assert_array_equal(some, rounded[start:, 1:3])
+        features = [
+            sum(size for name, size in found.items() if "stride" in name) for found in sizes
+        ]
+        assert features[1] < 0.5 * features[0]
+    assert verify_store(small) == []
+    # Through zarr, as a reader elsewhere would do it.
+    group = zarr.open_group(tmp_path / "i.zarr", mode="r")
+    raw, scale = group["stride_8"][1], group["scale_stride_8"][1]
+    np.testing.assert_allclose(
+        raw * scale[:, None, None], small.read_level(small.samples()[1], "stride_8"), rtol=1e-6
+    )
+
+
+def test_damaged_scales_are_noticed(tmp_path):
+    store = build_store(tmp_path / "i.zarr", train=2, test=0, dtype="int8")
+    file = tmp_path / "i.zarr" / "scale_stride_8" / "c" / "1" / "0"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert any("scale_stride_8" in finding.problem for finding in verify_store(store))
+    with pytest.raises(StoreError, match="damaged in scale_stride_8"):
+        FeatureStore.open(tmp_path / "i.zarr").read_level(store.samples()[1], "stride_8")
+
+
 def test_the_dense_layout_reads_as_the_levels_do(tmp_path):
     store = build_store(tmp_path / "s.zarr", train=1, test=0, layout="dense")
     assert list(store.levels) == ["dense"]
@@ -343,6 +383,7 @@ def test_the_fingerprint_changes_with_every_field():
         {"conditioning": "none"},
         {"taps": ("up_03",)},
         {"dtype": "float32"},
+        {"dtype": "int8"},
         {"precision": "bfloat16"},
         {"seed": 1},
         {"layout": "dense"},

@@ -149,8 +149,7 @@ def plan_extraction(dataset: Dataset, bundle: Bundle, stage_one: StageOne) -> Ex
     levels = {level.name: level for level in stage_one.levels}
     if stage_one.tokens_level is not None:
         levels["tokens"] = stage_one.tokens_level
-    dtype = str(stage_one.dtype).removeprefix("torch.")
-    features = sample_bytes(levels, side, dtype) * len(stage_one.views)
+    features = sample_bytes(levels, side, stage_one.stored_dtype) * len(stage_one.views)
     other = 4 * dataset.rule.region_px**2 + 4 * side * side * stage_one.model.embed_dim
     return ExtractionPlan(
         samples=len(dataset.samples),
@@ -169,7 +168,7 @@ def recipe_of(dataset: Dataset, bundle: Bundle, stage_one: StageOne, view: View)
         timestep=view.timestep,
         conditioning=view.conditioning,
         taps=stage_one.taps,
-        dtype=str(stage_one.dtype).removeprefix("torch."),
+        dtype=stage_one.stored_dtype,
         precision=stage_one.precision,
         seed=stage_one.seed,
         layout=stage_one.layout,

@@ -25,6 +25,7 @@ _TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int8": torch.float32,  # the writer rounds, with a scale per channel
 }
 
 
@@ -56,9 +57,10 @@ class RegionFeatures:
     """What stage 1 makes of a region.
 
     Attributes:
-        levels: For each view, level name -> (C, M, N) in the store's dtype.
+        levels: For each view, level name -> (C, M, N) in the store's dtype, float32 where that is
+            int8.
         embedding: (P, D) float32, the encoder's raw vectors.
-        tokens: (D, M, N) patch tokens in the store's dtype, or None where not asked for.
+        tokens: (D, M, N) patch tokens likewise, or None where not asked for.
     """
 
     levels: dict[View, dict[str, np.ndarray]]
@@ -101,6 +103,7 @@ class StageOne:
         self.model = model
         self.views = tuple(views)
         self.taps = order_taps(taps)
+        self.stored_dtype = dtype
         self.dtype = _TORCH_DTYPES[dtype]
         self.precision = precision
         self.layout = layout

@@ -3,6 +3,7 @@
     STORE/zarr.json            format, recipe, fingerprint, dataset, model, levels, provenance
       stride_<s>  (S, C, H/s, W/s) float16     the taps of one spatial size; s = 4, 8, 16, 32
       tokens      (S, D, H/16, W/16) float16   the encoder's patch tokens (only where asked for)
+      scale_<level> (S, C) float32             only where levels are int8: value = int8 * scale
       label       (S, H, W) uint8              class ids; >= number of classes: not counted
       image       (S, H, W, 3) uint8           the region, for overlays
       embedding   (S, P, D) float32            the encoder's raw vector of each patch, row-major
@@ -34,7 +35,8 @@ from pathsegdiff.data.labels import LabelScheme
 from pathsegdiff.data.regions import RegionRule
 from pathsegdiff.errors import ConfigError, DataError, StoreError
 from pathsegdiff.features.layout import GRID_STRIDE, Level
-from pathsegdiff.features.shards import inner_chunk, read_shard
+from pathsegdiff.features.quantize import SCALE_PREFIX, dequantize
+from pathsegdiff.features.shards import ShardFormat, read_shard, shard_format
 from pathsegdiff.grid import patchwise_matrix
 
 FORMAT = 1
@@ -170,7 +172,7 @@ class FeatureStore:
         self._read_attributes(dict(group.attrs))
         self._checked: set[int] = set()
         self._arrays: dict[str, zarr.Array] = {}
-        self._chunks: dict[str, tuple[int, ...]] = {}
+        self._formats: dict[str, ShardFormat | None] = {}
         self.reload()
 
     @classmethod
@@ -205,6 +207,13 @@ class FeatureStore:
         """What a head can read: the levels, and the tokens where the store has them."""
         tokens = () if self.tokens_level is None else (self.tokens_level,)
         return (*self.levels.values(), *tokens)
+
+    @cached_property
+    def array_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape of one sample and dtype of every array but ``instances``."""
+        return array_shapes(
+            self.levels, self.tokens_level, self.card.rule, self.model, self.recipe.dtype
+        )
 
     @cached_property
     def num_channels(self) -> int:
@@ -260,8 +269,8 @@ class FeatureStore:
             taps: Some of the level's, all where None. Only their bytes are read.
 
         Returns:
-            (C, m, n) in the stored dtype. Element (c, i, j) is centred on region pixel row
-            ``(i + 0.5) * stride``, column ``(j + 0.5) * stride``.
+            (C, m, n) in the stored dtype, float32 of a store of int8. Element (c, i, j) is centred
+            on region pixel row ``(i + 0.5) * stride``, column ``(j + 0.5) * stride``.
 
         Raises:
             StoreError: If the sample is incomplete or damaged.
@@ -272,10 +281,17 @@ class FeatureStore:
         missing = [name for name in wanted if name not in {tap.name for tap in spec.taps}]
         if missing:
             raise KeyError(f"{level} has no tap {missing[0]!r}")
+        runs = _runs([tap for tap in spec.taps if tap.name in wanted])
         parts = [
             self._read_features(sample, level, (slice(start, stop), rows, columns))
-            for start, stop in _runs([tap for tap in spec.taps if tap.name in wanted])
+            for start, stop in runs
         ]
+        if self.recipe.dtype == "int8":
+            scales = self._read(sample, f"{SCALE_PREFIX}{level}", ())
+            parts = [
+                dequantize(part, scales[start:stop])
+                for part, (start, stop) in zip(parts, runs, strict=True)
+            ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def level(self, name: str) -> Level:
@@ -329,7 +345,7 @@ class FeatureStore:
         Raises:
             StoreError: If one is missing, or has another shape or dtype than the store says.
         """
-        for name in array_shapes(self.levels, self.tokens_level, self.card.rule, self.model):
+        for name in self.array_shapes:
             self._array(name)
 
     def check_sample(self, sample: StoredSample) -> None:
@@ -416,15 +432,12 @@ class FeatureStore:
         return self._arrays[name]
 
     def _check_shape(self, name: str, array: zarr.Array) -> None:
-        expected = array_shapes(self.levels, self.tokens_level, self.card.rule, self.model)[name]
-        if array.shape[1:] != expected[0] or str(array.dtype) != self._dtype(name, expected[1]):
+        expected = self.array_shapes[name]
+        if array.shape[1:] != expected[0] or str(array.dtype) != expected[1]:
             raise StoreError(
                 f"{self.path}: array {name} has shape {array.shape} and dtype {array.dtype}, "
                 f"the store says (samples, {', '.join(map(str, expected[0]))}); {_ANEW}"
             )
-
-    def _dtype(self, name: str, dtype: str) -> str:
-        return dtype or self.recipe.dtype
 
     def _read(
         self, sample: StoredSample, name: str, where: tuple[slice | None, ...] | None
@@ -454,20 +467,19 @@ class FeatureStore:
     ) -> np.ndarray:
         """As ``_read``, several times faster where the store lies on a local disk."""
         array = self._array(name)
-        chunk = self._chunks.get(name)
-        if chunk is None:
-            local = isinstance(array.store, LocalStore)
+        if name not in self._formats:
             codecs: Any = array.metadata.to_dict()["codecs"]
-            found = inner_chunk(codecs) if local else None
-            chunk = self._chunks[name] = found or ()
-        if not chunk or sample.index not in self._complete:
+            local = isinstance(array.store, LocalStore)
+            self._formats[name] = shard_format(codecs) if local else None
+        shard = self._formats[name]
+        if shard is None or sample.index not in self._complete:
             return self._read(sample, name, where)
         self.check_sample(sample)
         root = array.store.root  # type: ignore[attr-defined]
         file = root / self._key(row_key(name, sample.index, array.ndim - 1))
         selection = [slice(None) if part is None else part for part in where]
         try:
-            return read_shard(file, array.shape[1:], chunk[1:], array.dtype, selection)
+            return read_shard(file, array.shape[1:], shard, array.dtype, selection)
         except (ValueError, FileNotFoundError) as error:
             raise StoreError(
                 f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error}); "
@@ -551,14 +563,24 @@ def open_group(path: str | Path, mode: str = "r") -> zarr.Group:
 
 
 def array_shapes(
-    levels: dict[str, Level], tokens: Level | None, rule: RegionRule, model: dict[str, Any]
+    levels: dict[str, Level],
+    tokens: Level | None,
+    rule: RegionRule,
+    model: dict[str, Any],
+    dtype: str,
 ) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape of one sample and dtype ("" = the recipe's) of every array but ``instances``."""
+    """Shape of one sample and dtype of every array but ``instances``.
+
+    Args:
+        dtype: Of the features; levels of int8 have an array of scales each.
+    """
     side = rule.region_px // rule.patch_px
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for level in [*levels.values(), *([tokens] if tokens is not None else [])]:
         cells = side * level.cells_per_patch
-        shapes[level.name] = ((level.channels, cells, cells), "")
+        shapes[level.name] = ((level.channels, cells, cells), dtype)
+        if dtype == "int8":
+            shapes[f"{SCALE_PREFIX}{level.name}"] = ((level.channels,), "float32")
     region = (rule.region_px, rule.region_px)
     shapes["label"] = (region, "uint8")
     shapes["image"] = ((*region, 3), "uint8")

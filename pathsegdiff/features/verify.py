@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import dask
 
 from pathsegdiff.errors import StoreError
-from pathsegdiff.features.store import FeatureStore, StoredSample, array_shapes, row_key
+from pathsegdiff.features.store import FeatureStore, StoredSample, row_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,9 @@ def verify_sample(store: FeatureStore, sample: StoredSample) -> list[Finding]:
         files = store.read_mark(sample)["files"]
     except StoreError as error:
         return [Finding(sample=sample, problem=str(error))]
-    shapes = array_shapes(store.levels, store.tokens_level, store.card.rule, store.model)
     findings = [
         Finding(sample=sample, problem=f"the mark does not list {name}")
-        for name, (shape, _) in shapes.items()
+        for name, (shape, _) in store.array_shapes.items()
         if row_key(name, sample.index, len(shape)) not in files
     ]
     for key, (size, checksum) in files.items():

@@ -19,7 +19,8 @@ from zarr.core.sync import sync
 from pathsegdiff.config import Recipe
 from pathsegdiff.errors import StoreError
 from pathsegdiff.features.layout import Level
-from pathsegdiff.features.shards import encode_shard
+from pathsegdiff.features.quantize import SCALE_PREFIX, quantize
+from pathsegdiff.features.shards import ZSTD_LEVEL, ShardFormat, encode_shard, is_compressed
 from pathsegdiff.features.store import (
     ATTRIBUTE,
     FORMAT,
@@ -152,9 +153,7 @@ class StoreWriter:
             table[index : index + 1] = [StoredSample.from_dict(index, sample.to_dict())]
         if table != list(self.store.registered()):
             # Arrays first: rows without a name are harmless, a name without a row is not.
-            for name in array_shapes(
-                self.store.levels, self.store.tokens_level, self.store.card.rule, self.store.model
-            ):
+            for name in self.store.array_shapes:
                 array = self._member(name)
                 array.resize((len(table), *array.shape[1:]))
             rows = json.dumps([sample.to_dict() for sample in table], indent=0)
@@ -169,11 +168,15 @@ class StoreWriter:
             StoreError: If a shape differs from the store's, or a value is not finite in its dtype.
         """
         files = {}
+        keys = []
         for name, features in arrays.levels.items():
-            key, shard = self._shard(name, sample, as_stored(features, self.store, name, sample))
+            values, scales = as_stored(features, self.store, name, sample)
+            key, shard = self._shard(name, sample, values)
             self._set(key, shard)
             files[key] = [len(shard), zlib.crc32(shard)]
-        keys = [
+            if scales is not None:
+                keys.append(self._write_row(f"{SCALE_PREFIX}{name}", sample, scales))
+        keys += [
             self._write_row(name, sample, getattr(arrays, name))
             for name in ("label", "image", "embedding")
         ]
@@ -229,7 +232,8 @@ class StoreWriter:
     ) -> tuple[str, bytearray]:
         """Key and bytes of one row of a level."""
         chunk = self._row(name, sample, features).chunks
-        return row_key(name, sample.index, features.ndim), encode_shard(features, chunk[1:])
+        shard = ShardFormat(chunk=chunk[1:], compressed=is_compressed(features.dtype))
+        return row_key(name, sample.index, features.ndim), encode_shard(features, shard)
 
     def _write_row(self, name: str, sample: StoredSample, values: np.ndarray) -> str:
         self._row(name, sample, values)[sample.index] = values
@@ -275,13 +279,17 @@ def check_recipe(store: FeatureStore, recipe: Recipe) -> None:
 
 def as_stored(
     features: np.ndarray, store: FeatureStore, name: str, sample: StoredSample
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Cast features to the store's dtype, refusing what it cannot hold.
+
+    Returns:
+        The values, and the (C,) scales of int8.
 
     Raises:
         StoreError: If a value is not finite after the cast (NaN, or above 65504 in float16).
     """
-    dtype = np.dtype(store.recipe.dtype)
+    quantized = store.recipe.dtype == "int8"
+    dtype = np.dtype("float32" if quantized else store.recipe.dtype)
     with np.errstate(over="ignore"):  # reported below, with the level's name
         cast = features.astype(dtype, copy=False)
     if not _all_finite(cast):
@@ -290,7 +298,7 @@ def as_stored(
             f"{store.path}: {name} of sample {sample.sample_id} has values that {dtype} "
             f"cannot hold; {remedy}"
         )
-    return cast
+    return quantize(cast) if quantized else (cast, None)
 
 
 def _all_finite(values: np.ndarray) -> bool:
@@ -313,9 +321,9 @@ def _create(
     group = zarr.create_group(str(path / ".new"), zarr_format=3, overwrite=True)
     by_name = {level.name: level for level in levels}
     side = card.rule.region_px // card.rule.patch_px
-    for name, (shape, dtype) in array_shapes(by_name, tokens, card.rule, model).items():
+    shapes = array_shapes(by_name, tokens, card.rule, model, recipe.dtype)
+    for name, (shape, dtype) in shapes.items():
         level = tokens if name == "tokens" else by_name.get(name)
-        dtype = dtype or recipe.dtype
         if level is None:
             _create_small_array(group, name, shape, dtype)
             continue
@@ -326,7 +334,10 @@ def _create(
             chunks=(1, *chunk),
             shards=(1, *shape),
             dtype=dtype,
-            compressors=[Crc32cCodec()],
+            compressors=[
+                *([ZstdCodec(level=ZSTD_LEVEL)] if is_compressed(np.dtype(dtype)) else []),
+                Crc32cCodec(),
+            ],
             dimension_names=("sample", "channel", "row", "column"),
         )
     if card.scheme.objects is not None:

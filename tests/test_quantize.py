@@ -1,0 +1,43 @@
+"""Features as int8: what is lost is half a step of the channel, never more."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pathsegdiff.features.quantize import dequantize, quantize
+
+
+@given(
+    arrays(
+        np.float32,
+        st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)),
+        elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False),
+    )
+)
+def test_no_value_is_off_by_more_than_half_a_step(features):
+    values, scales = quantize(features)
+    assert values.dtype == np.int8
+    assert values.min(initial=0) >= -127
+    back = dequantize(values, scales)
+    assert back.dtype == np.float32
+    steps = np.maximum(scales, 1e-36)[:, None, None].astype(np.float64)
+    assert (np.abs(back.astype(np.float64) - features) <= steps * (0.5 + 1e-4)).all()
+
+
+def test_the_largest_value_of_each_channel_is_kept():
+    features = np.array([[[1e-3, -2e-3]], [[500.0, 1.0]], [[0.0, 0.0]]], np.float16)
+    values, scales = quantize(features)
+    assert values[0].tolist() == [[64, -127]]
+    assert values[1].tolist() == [[127, 0]]
+    assert scales[2] == 0
+    np.testing.assert_allclose(dequantize(values, scales)[1, 0, 0], 500.0, rtol=1e-6)
+    assert not dequantize(values, scales)[2].any()
+
+
+def test_normal_features_lose_one_percent():
+    features = np.random.default_rng(0).normal(size=(16, 64, 64)).astype(np.float32)
+    back = dequantize(*quantize(features))
+    error = np.linalg.norm(back - features) / np.linalg.norm(features)
+    assert error == pytest.approx(0.01, abs=0.004)
