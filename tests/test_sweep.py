@@ -157,8 +157,19 @@ def test_two_stores_of_one_name_are_refused(store, tmp_path):
         plan_sweep(Grid(stores=[store, other]), tmp_path / "swept", **SHORT)
 
 
+def test_stores_that_nothing_else_tells_apart_are_named(store, tmp_path):
+    other = tmp_path / "others.zarr"
+    shutil.copytree(store, other)
+    small = tmp_path / "small.zarr"
+    build_store(small, train=4, test=2, dtype="int8")
+    jobs = plan_sweep(Grid(stores=[store, other, small]), tmp_path / "swept", **SHORT)
+    assert [job.axes["store"] for job in jobs] == ["shapes.zarr", "others.zarr", None]
+    assert [job.axes["dtype"] for job in jobs] == ["float16", "float16", "int8"]
+
+
 def test_the_table_shows_only_the_axes_that_vary():
-    axes = {"data": "d", "model": "m", "t": 50, "condition": "encoder", "taps": "all"}
+    axes = {"data": "d", "model": "m", "t": 50, "condition": "encoder", "dtype": "float16"}
+    axes |= {"store": None, "taps": "all"}
     axes |= {"lr": 1e-3, "width": 64, "images": None}
     rows = [
         TableRow(

@@ -32,7 +32,7 @@ from pathsegdiff.segmentation.train import default_run_name, plan_settings, trai
 #: What is scored, as metrics.json and log.csv name it.
 METRICS = ("miou", "dice", "accuracy")
 #: Axes of a grid in the order of the table's columns; those with one value are left out.
-AXES = ("data", "model", "t", "condition", "taps", "lr", "width", "images")
+AXES = ("data", "model", "t", "condition", "dtype", "store", "taps", "lr", "width", "images")
 _NUMBERS = ("t", "lr", "width", "images")
 TABLE_FILES = ("table.md", "table.csv", "plot.png")
 
@@ -182,6 +182,11 @@ def plan_sweep(
     if settings.get("val") == "0" and eval_split is None and None in grid.folds:
         raise RunError("--val 0 leaves nothing to score; name a fold, or a split with --eval-split")
     opened = {str(path): FeatureStore.open(path) for path in grid.stores}
+    facts = {name: _store_axes(store) for name, store in opened.items()}
+    for name, own in facts.items():
+        # Named where nothing else in the table would tell two stores apart.
+        alike = sum(other == own for other in facts.values()) > 1
+        facts[name] = {**own, "store": Path(name).name if alike else None}
     jobs: list[Job] = []
     for point in grid.points():
         store = opened[point.store]
@@ -196,10 +201,7 @@ def plan_sweep(
                 "name each setting once, and stores of different names"
             )
         axes = {
-            "data": store.card.name,
-            "model": store.model["name"],
-            "t": store.recipe.timestep,
-            "condition": store.recipe.conditioning,
+            **facts[point.store],
             "taps": point.taps,
             "lr": point.learning_rate,
             "width": planned.head_width,
@@ -352,6 +354,16 @@ def markdown(rows: Sequence[TableRow], parts: Sequence[str]) -> str:
 def default_processes(device: torch.device) -> int:
     """One per core on a CPU, where a small head gains little from a second thread; else one."""
     return len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+
+
+def _store_axes(store: FeatureStore) -> dict[str, Any]:
+    return {
+        "data": store.card.name,
+        "model": store.model["name"],
+        "t": store.recipe.timestep,
+        "condition": store.recipe.conditioning,
+        "dtype": store.recipe.dtype,
+    }
 
 
 def _arguments(point: Point) -> dict[str, Any]:
