@@ -182,11 +182,12 @@ def plan_sweep(
     if settings.get("val") == "0" and eval_split is None and None in grid.folds:
         raise RunError("--val 0 leaves nothing to score; name a fold, or a split with --eval-split")
     opened = {str(path): FeatureStore.open(path) for path in grid.stores}
-    facts = {name: _store_axes(store) for name, store in opened.items()}
-    for name, own in facts.items():
-        # Named where nothing else in the table would tell two stores apart.
-        alike = sum(other == own for other in facts.values()) > 1
-        facts[name] = {**own, "store": Path(name).name if alike else None}
+    found = {name: _store_axes(store) for name, store in opened.items()}
+    # Named where nothing else in the table would tell two stores apart.
+    facts = {
+        name: {**own, "store": Path(name).name if list(found.values()).count(own) > 1 else None}
+        for name, own in found.items()
+    }
     jobs: list[Job] = []
     for point in grid.points():
         store = opened[point.store]
