@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PSD := $(BIN)/psd
 CONSTRAINTS := tests/constraints.txt
 
-.PHONY: help setup demo test test-slow check format bench clean reproduce-table2 \
+.PHONY: help setup demo test test-slow check format bench bench-gpu clean reproduce-table2 \
   gpu-pretrain-dry-run
 
 help:
@@ -14,7 +14,8 @@ help:
 	@echo "make test                  the test suite (make test-slow: the long ones too)"
 	@echo "make check                 ruff, mypy and the import-direction tests"
 	@echo "make setup                 .venv with PathSegDiff and what developers need"
-	@echo "make bench                 stage 1 beside its bare forwards"
+	@echo "make bench                 both stages beside the plain way, on this machine"
+	@echo "make bench-gpu             both stages on a GPU, beside what it gives (ten minutes)"
 	@echo "make gpu-pretrain-dry-run  pre-training in short turns, rehearsed on a CPU (a minute)"
 	@echo "make reproduce-table2      Table 2 of the paper (needs the paper's weights and BCSS)"
 	@echo "make clean                 remove .venv and caches; data, features, runs and models stay"
@@ -52,7 +53,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.user
-	$(BIN)/python benchmarks/extraction.py
+	$(PSD) bench
+
+bench-gpu: $(VENV)/.user
+	$(BIN)/python benchmarks/gpu.py --json gpu.json
 
 gpu-pretrain-dry-run: $(VENV)/.user
 	$(BIN)/python benchmarks/gpu_pretrain_dry_run.py

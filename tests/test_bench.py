@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from pathsegdiff.pipeline.bench.measure import (
 )
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +136,16 @@ def test_what_the_hardware_gives_is_a_rate():
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         BenchSettings(device=CPU, **settings)
+
+
+def test_the_gpu_script_ends_with_every_part_and_stops_when_its_time_is_up(tmp_path):
+    file = tmp_path / "gpu.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu"]
+    small = ["--preset", "micro", "--batches", "2", "--head-batches", "1", "--samples", "1"]
+    subprocess.run([*script, *small, "--runs", "1", "--json", str(file)], check=True, cwd=tmp_path)
+    found = json.loads(file.read_text())
+    assert found["finished"]
+    assert list(found["parts"]) == ["ceilings", "extraction, batch 2", "head, batch 1"]
+    assert 0 < found["parts"]["extraction, batch 2"]["of_bare"]["median"] < 2
+    subprocess.run([*script, *small, "--minutes", "0", "--json", str(file)], check=True)
+    assert json.loads(file.read_text())["parts"] == {}

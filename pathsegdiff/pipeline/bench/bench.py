@@ -85,12 +85,12 @@ def run_bench(
         for precision in precisions:
             log(f"extraction, {precision}")
             stage_one = extraction.stage_one_of(bundle, device, precision, settings.batch_size)
-            found.setdefault("extraction", {})[precision] = _plain_types(
+            found.setdefault("extraction", {})[precision] = plain_types(
                 extraction.measure_extraction(dataset, bundle, stage_one, folder, settings.runs)
             )
             if precision == "float32":
                 store = FeatureStore.open(folder / "store.zarr")
-                found["bytes_per_patch"] = _plain_types(
+                found["bytes_per_patch"] = plain_types(
                     extraction.measure_bytes(store, folder / "plain")
                 )
                 found["largest_difference"] = extraction.largest_difference(store, folder / "plain")
@@ -99,7 +99,7 @@ def run_bench(
         width = int(store.model["head_width"])
         for precision in precisions:
             log(f"head, {precision}")
-            found.setdefault("head", {})[precision] = _plain_types(
+            found.setdefault("head", {})[precision] = plain_types(
                 head.measure_head(
                     store,
                     folder / "plain",
@@ -111,7 +111,7 @@ def run_bench(
                 )
             )
         log("reading")
-        found["reading"] = _plain_types(
+        found["reading"] = plain_types(
             reading.measure_reading(store, folder / "mapped", settings.runs)
         )
         log("what the hardware gives")
@@ -235,7 +235,7 @@ def _ratio(values: dict[str, float]) -> list[str]:
     return [f"{values['median']:.2f}", f"{values['low']:.2f} to {values['high']:.2f}"]
 
 
-def _plain_types(found: Any) -> Any:
+def plain_types(found: Any) -> Any:
     """A dataclass of spreads and numbers as JSON types."""
     return {key: _value(value) for key, value in vars(found).items()}
 

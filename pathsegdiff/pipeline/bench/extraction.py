@@ -1,7 +1,7 @@
 """Stage 1 beside its bare forwards and beside the plain way: seconds, bytes and memory."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class ExtractionSpeed:
     Attributes:
         precision, batch_size: Of ours and of the bare forwards.
         patches: Of a run.
-        bare, ours, plain: Seconds per patch.
+        bare, ours, plain: Seconds per patch; plain is None where it was not asked for.
         to_plain: Seconds of the plain way over ours.
         of_bare: Seconds of the bare forwards over ours: 1 would be reading, noise, stitching and
             writing for nothing.
@@ -41,8 +41,8 @@ class ExtractionSpeed:
     patches: int
     bare: Spread
     ours: Spread
-    plain: Spread
-    to_plain: Spread
+    plain: Spread | None
+    to_plain: Spread | None
     of_bare: Spread
 
 
@@ -74,7 +74,13 @@ def stage_one_of(bundle: Bundle, device: torch.device, precision: str, batch_siz
 
 
 def measure_extraction(
-    dataset: Dataset, bundle: Bundle, stage_one: StageOne, folder: Path, runs: int
+    dataset: Dataset,
+    bundle: Bundle,
+    stage_one: StageOne,
+    folder: Path,
+    runs: int,
+    *,
+    plain: bool = True,
 ) -> ExtractionSpeed:
     """Time whole extractions of a data set, in turns.
 
@@ -85,21 +91,20 @@ def measure_extraction(
 
     Args:
         folder: Leaves ``store.zarr`` and ``plain/`` of the last run.
+        plain: Whether the plain way takes its turns.
     """
     regions = [
         stage_one.prepare(dataset.read(sample).image, sample.sample_id)
         for sample in dataset.samples
     ]
     patches = sum(len(region.patches) for region in regions)
-    seconds = in_turns(
-        {
-            "bare": lambda: bare_forwards(stage_one, regions),
-            "ours": lambda: extract_ours(dataset, bundle, stage_one, folder / "store.zarr"),
-            "plain": lambda: extract_plain(dataset, stage_one, folder / "plain"),
-        },
-        runs,
-        stage_one.device,
-    )
+    sides: dict[str, Callable[[], None]] = {
+        "bare": lambda: bare_forwards(stage_one, regions),
+        "ours": lambda: extract_ours(dataset, bundle, stage_one, folder / "store.zarr"),
+    }
+    if plain:
+        sides["plain"] = lambda: extract_plain(dataset, stage_one, folder / "plain")
+    seconds = in_turns(sides, runs, stage_one.device)
     per_patch = {name: [value / patches for value in values] for name, values in seconds.items()}
     return ExtractionSpeed(
         precision=stage_one.precision,
@@ -107,8 +112,8 @@ def measure_extraction(
         patches=patches,
         bare=Spread.of(per_patch["bare"]),
         ours=Spread.of(per_patch["ours"]),
-        plain=Spread.of(per_patch["plain"]),
-        to_plain=ratio(seconds["plain"], seconds["ours"]),
+        plain=Spread.of(per_patch["plain"]) if plain else None,
+        to_plain=ratio(seconds["plain"], seconds["ours"]) if plain else None,
         of_bare=ratio(seconds["bare"], seconds["ours"]),
     )
 

@@ -1,0 +1,132 @@
+"""Both stages on a GPU at several batch sizes, beside what the GPU gives; ends within ten minutes.
+
+    python benchmarks/gpu.py --json gpu.json [--model BUNDLE] [--minutes 9]
+    python benchmarks/gpu.py --device cpu --preset micro --batches 2 --head-batches 1 --samples 2
+
+Without a bundle: random weights in the shapes of ``--preset`` (paper), which are as fast as trained
+ones. Measured are a large matrix product and a copy (the ceilings), bare forwards and whole
+extractions for each batch size (images read, noise, networks, stitching, store with checksums; the
+share of the bare forwards is how busy the GPU is kept), and the head's step, plain and folded.
+The file is written after each part, and no part begins that would probably not end in time.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pathsegdiff.data.manifest import open_dataset
+from pathsegdiff.device import device_name, resolve_device, resolve_precision
+from pathsegdiff.diffusion.bundle import init_bundle, load_bundle
+from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.pipeline.bench import extraction, head
+from pathsegdiff.pipeline.bench.bench import plain_types
+from pathsegdiff.pipeline.bench.measure import copy_rate, largest_resident_bytes, matmul_rate
+from pathsegdiff.provenance import versions
+
+
+def main() -> None:
+    """Measure part by part until all is done or the time is up."""
+    options = arguments()
+    deadline = time.monotonic() + 60 * options.minutes
+    found: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}, "parts": {}}
+    longest = 0.0
+    with tempfile.TemporaryDirectory(prefix="psd-gpu-", dir=options.scratch) as scratch:
+        parts = measurements(options, found, Path(scratch))
+        while time.monotonic() + 1.5 * longest < deadline:
+            begin = time.monotonic()
+            try:
+                name, figures = next(parts)
+            except StopIteration:
+                found["finished"] = True
+                break
+            except torch.OutOfMemoryError as error:
+                found["ended"] = f"out of memory: {str(error)[:200]}"
+                break
+            longest = max(longest, time.monotonic() - begin)
+            found["parts"][name] = figures
+            print(f"{name}: {json.dumps(figures)}", flush=True)
+            write(options.json, found)
+    found["peak_resident_bytes"] = largest_resident_bytes()
+    write(options.json, found)
+    print("finished" if found.get("finished") else found.get("ended", "the time is up"))
+
+
+def arguments() -> argparse.Namespace:
+    """Options, with what they default to on the device."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--model", help="bundle; random weights without")
+    parser.add_argument("--preset", default="paper", help="shapes of the random weights")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--samples", type=int, default=32, help="regions of 512 px, 4 patches each")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--batches", default="4,16,64", help="patches per forward")
+    parser.add_argument("--head-batches", default="1,4", help="regions per training step")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--scratch", type=Path, help="folder for stores")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def measurements(
+    options: argparse.Namespace, found: dict[str, Any], scratch: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and figures of each part, one after the other."""
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    found |= {"device": device_name(device), "precision": precision, "versions": versions()}
+    yield (
+        "ceilings",
+        {
+            "multiply_adds_per_second": matmul_rate(device, precision),
+            "copy_bytes_per_second": copy_rate(device),
+        },
+    )
+    if options.model is None:
+        bundle = init_bundle(options.preset, seed=0, out=scratch / options.preset)
+    else:
+        bundle = load_bundle(options.model)
+    dataset = open_dataset("demo")
+    dataset.samples = dataset.samples[: options.samples]
+    batches = [int(size) for size in options.batches.split(",")]
+    for size in batches:
+        stage_one = extraction.stage_one_of(bundle, device, precision, size)
+        plain = size == batches[0]
+        speed = extraction.measure_extraction(
+            dataset, bundle, stage_one, scratch, options.runs, plain=plain
+        )
+        figures = plain_types(speed)
+        if plain:
+            found["multiply_adds_per_patch"] = extraction.count_multiply_adds(stage_one.model)
+        store = FeatureStore.open(scratch / "store.zarr")
+        size_of = extraction.measure_bytes(store, scratch / "plain")
+        figures["stored_bytes_per_second"] = (size_of.features + size_of.other) / speed.ours.median
+        yield f"extraction, batch {size}", figures
+    for size in (int(size) for size in options.head_batches.split(",")):
+        width = int(store.model["head_width"])
+        speed_of_head = head.measure_head(
+            store,
+            scratch / "plain",
+            device,
+            precision=precision,
+            batch_size=size,
+            width=width,
+            runs=options.runs,
+        )
+        yield f"head, batch {size}", plain_types(speed_of_head)
+
+
+def write(file: Path | None, found: dict[str, Any]) -> None:
+    """What is known so far."""
+    if file is not None:
+        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
