@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numcodecs import Blosc, Zstd, blosc
 
-from pathsegdiff.features.quantize import dequantize, quantize
+from pathsegdiff.features.quantize import dequantize, quantize, round_mantissa
 from pathsegdiff.features.store import FeatureStore
 
 CODECS: dict[str, Any] = {
@@ -44,14 +44,6 @@ class Form:
 
     code: Callable[[np.ndarray], np.ndarray]
     back: Callable[[np.ndarray], np.ndarray]
-
-
-def round_mantissa(values: np.ndarray, bits: int) -> np.ndarray:
-    """float16 with so many bits of its mantissa (of 10) left, to the nearest."""
-    drop = 10 - bits
-    raw = values.astype(np.float16).view(np.uint16).astype(np.uint32)
-    raw = raw + (1 << (drop - 1)) - 1 + ((raw >> drop) & 1)
-    return (raw >> drop << drop).astype(np.uint16).view(np.float16)
 
 
 def rounded(bits: int) -> Form:

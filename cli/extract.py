@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 @click.option("--taps", default="all", show_default=True, help="Such as up_05,up_08; or all.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "float32", "int8"]),
+    type=click.Choice(["float16", "float32", "int8", "float16-5bit"]),
     default="float16",
     show_default=True,
-    help="Of the stored features; int8: less than half the bytes, a scale per channel and sample.",
+    help="Of the stored features. int8 (a scale per channel and sample) takes less than half the "
+    "bytes of float16, float16-5bit (a rounded mantissa) two thirds.",
 )
 @click.option("--mpp", type=float, help="Micrometres per pixel of a region [default: manifest's].")
 @click.option(

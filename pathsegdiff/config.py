@@ -20,7 +20,7 @@ TOKENS = "tokens"
 HEAD_INPUTS: tuple[str, ...] = (*ALL_TAPS, TOKENS)
 CONDITIONINGS: tuple[str, ...] = ("encoder", "none")
 #: What a store can hold features in.
-STORE_DTYPES: tuple[str, ...] = ("float16", "float32", "int8")
+STORE_DTYPES: tuple[str, ...] = ("float16", "float32", "int8", "float16-5bit")
 #: What the networks can compute in. It changes the numbers, so it is part of the recipe.
 PRECISIONS: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
@@ -83,7 +83,7 @@ class Recipe:
         timestep: t of the forward process, 0-based.
         conditioning: "encoder", or "none" for the null condition.
         taps: In tap order.
-        dtype: Of the stored features; int8 has a scale per channel and sample.
+        dtype: Of the stored features (features/quantize.py says what each loses).
         precision: That the networks computed in.
         seed: Of the keyed noise and the keyed window offsets.
         layout: "levels" (one array per stride) or "dense" (the stack on the stride-4 grid).

@@ -176,3 +176,34 @@ def test_a_real_file_size_limit_stops_in_one_line_and_resumes(place):
     again = subprocess.run(resumed, capture_output=True, text=True, cwd=place, check=True)
     assert "2 samples written, 0 already complete" in again.stdout
     assert FeatureStore.open(place / "s.zarr").samples()
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("int8", 0.55), ("float16-5bit", 0.95)])
+def test_rounded_features_resume_verify_export_and_take_fewer_bytes(place, capsys, dtype, share):
+    assert psd(capsys, *EXTRACT)[0] == 0
+    command = (*EXTRACT, "--dtype", dtype, "--tokens", "--out", "small.zarr")
+    assert psd(capsys, *command, "--split", "train")[0] == 0
+    assert "1 samples written, 1 already complete" in psd(capsys, *command)[1]
+    assert psd(capsys, "cache", "verify", "small.zarr")[0] == 0
+    whole, small = (
+        FeatureStore.open("features/discs-micro-t50.zarr"),
+        FeatureStore.open("small.zarr"),
+    )
+    sizes = [
+        sum(size for name, size in store.bytes_of(store.samples()[0]).items() if "stride" in name)
+        for store in (whole, small)
+    ]
+    assert sizes[1] < share * sizes[0]
+    assert psd(capsys, "cache", "export", "small.zarr", "--out", "exported")[0] == 0
+    exported = sorted((place / "exported").iterdir())
+    assert len(exported) == 2
+    with np.load(exported[0]) as file:
+        assert file["features"].dtype == np.float16
+    by_id = {sample.sample_id: sample for sample in small.samples()}
+    for sample in whole.samples():
+        exact = whole.dense(sample)
+        error = small.dense(by_id[sample.sample_id]) - exact
+        assert np.linalg.norm(error) < 0.02 * np.linalg.norm(exact)
+    code, _, err = psd(capsys, *EXTRACT, "--out", "small.zarr")
+    assert code == 1
+    assert f"was made with dtype {dtype}, this run asks for float16" in err

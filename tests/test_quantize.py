@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pathsegdiff.features.quantize import dequantize, quantize
+from pathsegdiff.features.quantize import dequantize, quantize, round_mantissa
 
 
 @given(
@@ -34,6 +34,24 @@ def test_the_largest_value_of_each_channel_is_kept():
     assert scales[2] == 0
     np.testing.assert_allclose(dequantize(values, scales)[1, 0, 0], 500.0, rtol=1e-6)
     assert not dequantize(values, scales)[2].any()
+
+
+@given(arrays(np.float16, st.integers(1, 20), elements=st.floats(-60000, 60000, width=16)))
+def test_a_rounded_mantissa_is_the_nearest_with_five_bits(features):
+    rounded = round_mantissa(features)
+    assert not (rounded.view(np.uint16) & 0x1F).any()
+    # No number with five bits is nearer: neither neighbour is.
+    exact, found = features.astype(np.float64), rounded.astype(np.float64)
+    for step in (-32, 32):
+        neighbour = (rounded.view(np.uint16).astype(np.int32) + step).clip(0, 0xFBE0)
+        other = neighbour.astype(np.uint16).view(np.float16).astype(np.float64)
+        same_sign = np.signbit(other) == np.signbit(found)
+        assert (np.abs(exact - found) <= np.abs(exact - other))[same_sign].all()
+
+
+def test_ties_go_to_the_even_neighbour():
+    values = np.array([1 + 1 / 64, 1 + 3 / 64, 65504.0], np.float16)
+    assert round_mantissa(values).tolist() == [1.0, 1 + 2 / 32, np.inf]
 
 
 def test_normal_features_lose_one_percent():

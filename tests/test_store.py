@@ -356,6 +356,20 @@ def test_int8_keeps_a_scale_per_channel_and_less_than_half_the_bytes(tmp_path):
     )
 
 
+def test_a_rounded_mantissa_is_stored_compressed(tmp_path):
+    plain = build_store(tmp_path / "f.zarr", train=1, test=0, region_px=256, patch_px=128)
+    small = build_store(
+        tmp_path / "r.zarr", train=1, test=0, region_px=256, patch_px=128, dtype="float16-5bit"
+    )
+    (sample,), (other,) = plain.samples(), small.samples()
+    for level in plain.levels:
+        rounded = small.read_level(other, level)
+        assert rounded.dtype == np.float16
+        np.testing.assert_allclose(rounded, plain.read_level(sample, level), rtol=1 / 60, atol=1e-5)
+    assert small.bytes_of(other)["stride_4"] < 0.75 * plain.bytes_of(sample)["stride_4"]
+    assert verify_store(small) == []
+
+
 def test_damaged_scales_are_noticed(tmp_path):
     store = build_store(tmp_path / "i.zarr", train=2, test=0, dtype="int8")
     file = tmp_path / "i.zarr" / "scale_stride_8" / "c" / "1" / "0"
@@ -384,6 +398,7 @@ def test_the_fingerprint_changes_with_every_field():
         {"taps": ("up_03",)},
         {"dtype": "float32"},
         {"dtype": "int8"},
+        {"dtype": "float16-5bit"},
         {"precision": "bfloat16"},
         {"seed": 1},
         {"layout": "dense"},

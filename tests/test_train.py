@@ -278,6 +278,13 @@ def test_a_head_learns_to_find_discs(store, tmp_path):
     assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float16-5bit"])
+def test_a_head_learns_from_rounded_features_as_well(tmp_path, dtype):
+    store = build_store(tmp_path / "s.zarr", train=8, test=2, dtype=dtype)
+    result = train_small(store, tmp_path / "run", epochs=12, val="0.25", learning_rate=2e-2)
+    assert result.kept["val_miou"] > 0.8
+
+
 def test_a_run_leaves_its_config_head_log_curves_and_result(store, finished):
     assert sorted(path.name for path in finished.iterdir()) == [
         ".lock",

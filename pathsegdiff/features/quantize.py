@@ -1,7 +1,11 @@
-"""Features as int8 with one scale per channel and sample (numpy only).
+"""What is stored of features, beside float16 and float32 as they are (numpy only).
 
-A channel's largest value becomes 127, so that the step is as fine as the channel allows; channels
-differ by orders of magnitude, samples by less. Rounding is to the nearest, ties to even.
+int8: with one scale per channel and sample. A channel's largest value becomes 127, so that the step
+is as fine as the channel allows; channels differ by orders of magnitude, samples by less.
+
+float16-5bit: float16 with five of the ten bits of its mantissa, the rest zeros for the compressor.
+
+Rounding is to the nearest, ties to even.
 """
 
 import numpy as np
@@ -9,6 +13,37 @@ import numpy as np
 #: Names the array beside a level that holds its scales.
 SCALE_PREFIX = "scale_"
 _LARGEST = 127
+_MANTISSA_BITS, _KEPT_BITS = 10, 5
+
+
+def array_dtype(stored: str) -> str:
+    """numpy's name of what an array holds, for a recipe's dtype."""
+    return "float16" if stored == "float16-5bit" else stored
+
+
+def is_compressed(stored: str) -> bool:
+    """Whether features of a recipe's dtype are worth compressing.
+
+    Zstandard takes a tenth off int8, for next to nothing; of float16 it takes 8 %, and reading
+    gets several times slower (docs/performance.md).
+    """
+    return stored in ("int8", "float16-5bit")
+
+
+def round_mantissa(features: np.ndarray, bits: int = _KEPT_BITS) -> np.ndarray:
+    """float16 with the last bits of its mantissa rounded away.
+
+    Args:
+        features: Finite floats.
+        bits: Of the mantissa that stay, below 10.
+
+    Returns:
+        float16 of the same shape; infinite where a value was rounded above 65504.
+    """
+    drop = _MANTISSA_BITS - bits
+    raw = features.astype(np.float16).view(np.uint16).astype(np.uint32)
+    raw += (1 << (drop - 1)) - 1 + ((raw >> drop) & 1)
+    return (raw >> drop << drop).astype(np.uint16).view(np.float16)
 
 
 def quantize(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

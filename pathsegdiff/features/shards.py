@@ -47,15 +47,6 @@ class ShardFormat:
     compressed: bool = False
 
 
-def is_compressed(dtype: np.dtype[Any]) -> bool:
-    """Whether features of a dtype are worth compressing.
-
-    Zstandard takes a tenth off int8, for next to nothing; of float16 it takes 8 %, and reading
-    gets several times slower (docs/performance.md).
-    """
-    return dtype == np.int8
-
-
 def encode_shard(values: np.ndarray, shard: ShardFormat) -> bytearray:
     """The shard that holds one row of an array.
 

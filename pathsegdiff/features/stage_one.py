@@ -25,7 +25,9 @@ _TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
-    "int8": torch.float32,  # the writer rounds, with a scale per channel
+    # The writer rounds these.
+    "int8": torch.float32,
+    "float16-5bit": torch.float16,
 }
 
 

@@ -35,7 +35,7 @@ from pathsegdiff.data.labels import LabelScheme
 from pathsegdiff.data.regions import RegionRule
 from pathsegdiff.errors import ConfigError, DataError, StoreError
 from pathsegdiff.features.layout import GRID_STRIDE, Level
-from pathsegdiff.features.quantize import SCALE_PREFIX, dequantize
+from pathsegdiff.features.quantize import SCALE_PREFIX, array_dtype, dequantize
 from pathsegdiff.features.shards import ShardFormat, read_shard, shard_format
 from pathsegdiff.grid import patchwise_matrix
 
@@ -578,7 +578,7 @@ def array_shapes(
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for level in [*levels.values(), *([tokens] if tokens is not None else [])]:
         cells = side * level.cells_per_patch
-        shapes[level.name] = ((level.channels, cells, cells), dtype)
+        shapes[level.name] = ((level.channels, cells, cells), array_dtype(dtype))
         if dtype == "int8":
             shapes[f"{SCALE_PREFIX}{level.name}"] = ((level.channels,), "float32")
     region = (rule.region_px, rule.region_px)
@@ -601,7 +601,7 @@ def row_key(name: str, index: int, dimensions: int) -> str:
 def sample_bytes(levels: dict[str, Level], patches_per_side: int, dtype: str) -> int:
     """Bytes of one sample's features before any compression."""
     cells = (level.channels * level.cells_per_patch**2 for level in levels.values())
-    return sum(cells) * patches_per_side**2 * np.dtype(dtype).itemsize
+    return sum(cells) * patches_per_side**2 * np.dtype(array_dtype(dtype)).itemsize
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

@@ -19,8 +19,14 @@ from zarr.core.sync import sync
 from pathsegdiff.config import Recipe
 from pathsegdiff.errors import StoreError
 from pathsegdiff.features.layout import Level
-from pathsegdiff.features.quantize import SCALE_PREFIX, quantize
-from pathsegdiff.features.shards import ZSTD_LEVEL, ShardFormat, encode_shard, is_compressed
+from pathsegdiff.features.quantize import (
+    SCALE_PREFIX,
+    array_dtype,
+    is_compressed,
+    quantize,
+    round_mantissa,
+)
+from pathsegdiff.features.shards import ZSTD_LEVEL, ShardFormat, encode_shard
 from pathsegdiff.features.store import (
     ATTRIBUTE,
     FORMAT,
@@ -232,7 +238,7 @@ class StoreWriter:
     ) -> tuple[str, bytearray]:
         """Key and bytes of one row of a level."""
         chunk = self._row(name, sample, features).chunks
-        shard = ShardFormat(chunk=chunk[1:], compressed=is_compressed(features.dtype))
+        shard = ShardFormat(chunk=chunk[1:], compressed=is_compressed(self.store.recipe.dtype))
         return row_key(name, sample.index, features.ndim), encode_shard(features, shard)
 
     def _write_row(self, name: str, sample: StoredSample, values: np.ndarray) -> str:
@@ -288,17 +294,19 @@ def as_stored(
     Raises:
         StoreError: If a value is not finite after the cast (NaN, or above 65504 in float16).
     """
-    quantized = store.recipe.dtype == "int8"
-    dtype = np.dtype("float32" if quantized else store.recipe.dtype)
+    stored = store.recipe.dtype
+    dtype = np.dtype("float32" if stored == "int8" else array_dtype(stored))
     with np.errstate(over="ignore"):  # reported below, with the level's name
         cast = features.astype(dtype, copy=False)
+        if stored == "float16-5bit":
+            cast = round_mantissa(cast)
     if not _all_finite(cast):
         remedy = "use --dtype float32" if np.isfinite(features).all() else "the model is broken"
         raise StoreError(
             f"{store.path}: {name} of sample {sample.sample_id} has values that {dtype} "
             f"cannot hold; {remedy}"
         )
-    return quantize(cast) if quantized else (cast, None)
+    return quantize(cast) if stored == "int8" else (cast, None)
 
 
 def _all_finite(values: np.ndarray) -> bool:
@@ -335,7 +343,7 @@ def _create(
             shards=(1, *shape),
             dtype=dtype,
             compressors=[
-                *([ZstdCodec(level=ZSTD_LEVEL)] if is_compressed(np.dtype(dtype)) else []),
+                *([ZstdCodec(level=ZSTD_LEVEL)] if is_compressed(recipe.dtype) else []),
                 Crc32cCodec(),
             ],
             dimension_names=("sample", "channel", "row", "column"),
