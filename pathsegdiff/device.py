@@ -1,6 +1,8 @@
-"""Which device and precision to compute in (torch is imported when asked)."""
+"""Device, precision and memory of a computation (torch is imported when asked)."""
 
+import ctypes
 import platform
+import sys
 from typing import TYPE_CHECKING
 
 from pathsegdiff.config import PRECISIONS
@@ -8,6 +10,31 @@ from pathsegdiff.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+
+#: glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD (malloc.h), and what they are set to, in bytes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES, _LARGEST_KEPT_BLOCK = 2**31 - 1, 2**30
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep freed memory for the next tensor instead of giving it back each time.
+
+    glibc maps every block above a few megabytes anew, and the system clears its pages one fault at
+    a time: a fifth of the time of stage 1 and of a head's training step on a CPU. Results are the
+    same bits. At most 2 GiB that nobody uses stay with the process, which ends with it.
+
+    Returns:
+        Whether it is so now; False on systems without glibc, where nothing is changed.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(
+        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK) and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+    )
 
 
 def resolve_device(name: str) -> "torch.device":

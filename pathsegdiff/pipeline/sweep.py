@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from pathsegdiff.config import parse_head_inputs
+from pathsegdiff.device import keep_freed_memory
 from pathsegdiff.errors import PathSegDiffError, RunError
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.files import replace_file
@@ -266,6 +267,7 @@ def run_sweep(
 
 def run_job(job: Job) -> Outcome:
     """Train one head and score it."""
+    keep_freed_memory()  # in a process of its own, too
     torch.set_num_threads(job.threads)
     try:
         store = FeatureStore.open(job.point.store)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pathsegdiff.device import autocast
+from pathsegdiff.device import autocast, keep_freed_memory
 
 #: Side of the square matrices and bytes of the copy that show what the hardware gives.
 _MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
@@ -86,6 +86,7 @@ def peak_bytes(function: Callable[..., Any], *arguments: Any) -> int:
 
 def _call_and_look(function: Callable[..., Any], arguments: tuple[Any, ...], threads: int) -> int:
     torch.set_num_threads(threads)
+    keep_freed_memory()
     function(*arguments)
     return largest_resident_bytes()
 

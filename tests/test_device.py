@@ -1,0 +1,55 @@
+"""Devices, precisions and memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pathsegdiff.device import keep_freed_memory, resolve_device, resolve_precision
+from pathsegdiff.errors import ConfigError
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from pathsegdiff.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for _ in range(3):
+    np.ones(40 << 20, np.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    np.ones(40 << 20, np.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_not_mapped_anew():
+    if not keep_freed_memory():
+        pytest.skip("no glibc here")
+
+    def faults(how):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    # 40 MiB of pages each time, or none after the first.
+    assert faults("keep") < 0.1 * faults("leave")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gpu", "device must be auto"), ("cuda:99", "device"), ("meta", "device must be auto")],
+)
+def test_devices_that_are_not_there_are_refused(name, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_device(name)
+
+
+def test_a_cpu_computes_in_float32_unless_told_otherwise():
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu) == "float32"
+    assert resolve_precision("bfloat16", cpu) == "bfloat16"
+    with pytest.raises(ConfigError, match="precision must be auto or one of"):
+        resolve_precision("float8", cpu)
