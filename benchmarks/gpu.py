@@ -1,7 +1,7 @@
 """Both stages on a GPU at several batch sizes, beside what the GPU gives; ends within ten minutes.
 
     python benchmarks/gpu.py --json gpu.json [--model BUNDLE] [--minutes 9]
-    python benchmarks/gpu.py --device cpu --preset micro --batches 2 --head-batches 1 --samples 2
+    python benchmarks/gpu.py --device cpu --preset micro --batches 2 --head-batches 1 --samples 2 --region 512
 
 Without a bundle: random weights in the shapes of ``--preset`` (paper), which are as fast as trained
 ones. Measured are a large matrix product and a copy (the ceilings), bare forwards and whole
@@ -18,11 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from pathsegdiff.data.manifest import open_dataset
+from pathsegdiff.data.init import init_manifest
+from pathsegdiff.data.manifest import Dataset, open_dataset
 from pathsegdiff.device import device_name, resolve_device, resolve_precision
 from pathsegdiff.diffusion.bundle import init_bundle, load_bundle
+from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.pipeline.bench import extraction, head
 from pathsegdiff.pipeline.bench.bench import plain_types
@@ -64,7 +68,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="bundle; random weights without")
     parser.add_argument("--preset", default="paper", help="shapes of the random weights")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--samples", type=int, default=32, help="regions of 512 px, 4 patches each")
+    parser.add_argument("--samples", type=int, default=4, help="regions of REGION px")
+    parser.add_argument("--region", type=int, default=2048, help="side; batches do not mix regions")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--batches", default="4,16,64", help="patches per forward")
     parser.add_argument("--head-batches", default="1,4", help="regions per training step")
@@ -92,10 +97,11 @@ def measurements(
         bundle = init_bundle(options.preset, seed=0, out=scratch / options.preset)
     else:
         bundle = load_bundle(options.model)
-    dataset = open_dataset("demo")
-    dataset.samples = dataset.samples[: options.samples]
+    dataset = tiled_dataset(scratch / "tiles", options.samples, options.region)
     batches = [int(size) for size in options.batches.split(",")]
     for size in batches:
+        if size > (options.region // bundle.card.patch_px) ** 2:
+            raise ConfigError(f"a region of {options.region} px has no {size} patches")
         stage_one = extraction.stage_one_of(bundle, device, precision, size)
         plain = size == batches[0]
         speed = extraction.measure_extraction(
@@ -120,6 +126,34 @@ def measurements(
             runs=options.runs,
         )
         yield f"head, batch {size}", plain_types(speed_of_head)
+
+
+def tiled_dataset(folder: Path, samples: int, region_px: int) -> Dataset:
+    """Regions as large as one likes: the demo's images side by side."""
+    (folder / "data").mkdir(parents=True)
+    demo = open_dataset("demo")
+    regions = [demo.read(sample) for sample in demo.samples]
+    side = region_px // demo.rule.region_px
+    if side < 1 or region_px % demo.rule.region_px:
+        raise ConfigError(f"--region must be a multiple of {demo.rule.region_px}, got {region_px}")
+    for number in range(samples):
+        chosen = [regions[(number * side * side + k) % len(regions)] for k in range(side * side)]
+        for suffix, parts in (
+            ("", [region.image for region in chosen]),
+            ("_mask", [region.label for region in chosen]),
+        ):
+            rows = [np.concatenate(parts[i * side : (i + 1) * side], axis=1) for i in range(side)]
+            tile = Image.fromarray(np.concatenate(rows))
+            tile.save(folder / "data" / f"t{number}{suffix}.png", compress_level=1)
+    init_manifest(
+        folder / "data",
+        folder / "data",
+        folder / "tiles.toml",
+        mask_suffix="_mask",
+        kind="resize",
+        region_px=region_px,
+    )
+    return open_dataset(str(folder / "tiles.toml"))
 
 
 def write(file: Path | None, found: dict[str, Any]) -> None:

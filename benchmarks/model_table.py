@@ -98,7 +98,8 @@ def main() -> None:
     limits = [None if limit == "all" else int(limit) for limit in options.limit_images.split(",")]
     options.out.mkdir(parents=True, exist_ok=True)
     for command in extractions(options, {row.store for row in rows.values()}):
-        run(command, options, threads=2)
+        if not run(command, options, threads=2):
+            sys.exit("a store is not whole; run the same command again")
     jobs = [
         Job(name=name, limit=limit, seed=seed)
         for limit in limits
@@ -158,9 +159,14 @@ def metrics_path(options: argparse.Namespace, job: Job) -> Path:
     return run_path(options, job) / f"eval-{options.eval_split}" / "metrics.json"
 
 
+def is_finished(options: argparse.Namespace, job: Job) -> bool:
+    """Whether a run was trained to its end and scored."""
+    return (run_path(options, job) / "result.json").exists() and metrics_path(options, job).exists()
+
+
 def one_run(options: argparse.Namespace, row: Row, job: Job) -> None:
     """Train and score a row with one seed, unless it has been."""
-    if metrics_path(options, job).exists():
+    if is_finished(options, job):
         return
     out = str(run_path(options, job))
     common = [*COMMON, "--seed", str(job.seed), "--out", out]
@@ -171,20 +177,21 @@ def one_run(options: argparse.Namespace, row: Row, job: Job) -> None:
         run([*PSD, "baseline", job.name, *data(options), *scored, *common, *UNET], options)
         return
     features = ["--features", str(store_path(options, row.store))]
-    run([*PSD, "train-head", *features, *common, *HEAD, *row.arguments], options)
-    run([*PSD, "eval", "--run", out, *features, "--split", options.eval_split], options)
+    if run([*PSD, "train-head", *features, *common, *HEAD, *row.arguments], options):
+        run([*PSD, "eval", "--run", out, *features, "--split", options.eval_split], options)
 
 
-def run(command: list[str], options: argparse.Namespace, threads: int = 1) -> None:
-    """Run a command, its output into a log beside the runs."""
+def run(command: list[str], options: argparse.Namespace, threads: int = 1) -> bool:
+    """Run a command, its output into a log beside the runs; whether it succeeded."""
     print(f"{time.strftime('%H:%M:%S')} psd {shlex.join(command[len(PSD) :])}", flush=True)
     if options.dry_run:
-        return
+        return True
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (options.out / "log.txt").open("a") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
     if done.returncode:
         print(f"failed ({done.returncode}), see {options.out / 'log.txt'}", flush=True)
+    return done.returncode == 0
 
 
 def write_table(
@@ -209,7 +216,7 @@ def write_table(
     for name, row in rows.items():
         for limit in limits:
             jobs = [Job(name=name, limit=limit, seed=seed) for seed in seeds]
-            runs = [figures(options, job) for job in jobs if metrics_path(options, job).exists()]
+            runs = [figures(options, job) for job in jobs if is_finished(options, job)]
             found[name, limit] = runs
             images = ["all" if limit is None else str(limit)] if few else []
             lines.append([row.title, *images, *cells(runs, len(seeds))])

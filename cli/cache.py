@@ -116,7 +116,9 @@ def repair(store: Path) -> None:
 @click.option("--sample", "sample_ids", multiple=True, help="Only this sample; may be given again.")
 @click.option("--out", type=PATH, required=True, help="Folder for SAMPLE_ID.npz files.")
 def export(store: Path, sample_ids: tuple[str, ...], out: Path) -> None:
-    """Write samples as NPZ for other tools: the dense map f (float16), label and image.
+    """Write samples as NPZ for other tools: the dense map f, label and image.
+
+    f is float16 of a store of float16, else float32.
 
     \b
     Example:
@@ -133,7 +135,8 @@ def export(store: Path, sample_ids: tuple[str, ...], out: Path) -> None:
     if unknown:
         raise StoreError(f"{store} has no complete sample {unknown[0]!r}; see `psd cache info`")
     out.mkdir(parents=True, exist_ok=True)
-    dtype = "float32" if opened.recipe.dtype == "float32" else "float16"
+    # int8 has scales, and so values that float16 may not hold.
+    dtype = "float16" if opened.recipe.dtype.startswith("float16") else "float32"
     for name in sample_ids or by_id:
         sample = by_id[name]
         np.savez(

@@ -119,7 +119,7 @@ def sweep(
     from cli.progress import Progress
     from cli.train_head import parse_crop
     from pathsegdiff.config import ALL_TAPS
-    from pathsegdiff.device import resolve_device, resolve_precision
+    from pathsegdiff.device import available_cores, resolve_device, resolve_precision
     from pathsegdiff.errors import RunError
     from pathsegdiff.pipeline.sweep import (
         TABLE_FILES,
@@ -131,7 +131,6 @@ def sweep(
     )
 
     place = resolve_device(device)
-    processes = jobs or default_processes(place)
     wanted = [tap for text in taps or ("all",) for tap in _expanded(text, ALL_TAPS)]
     grid = Grid(
         stores=stores,
@@ -142,12 +141,15 @@ def sweep(
         folds=_values(folds, int, "--fold") or [None],
         seeds=_values(seeds, int, "--seed"),
     )
+    if not all(0 <= seed < 2**63 for seed in grid.seeds):
+        raise click.BadParameter(f"{seeds!r}: seeds are from 0 to 2^63 - 1", param_hint="--seed")
+    processes = min(jobs or default_processes(place), len(list(grid.points())))
     planned = plan_sweep(
         grid,
         out,
         eval_split=eval_split,
         device=str(place),
-        threads=max(1, default_processes(place) // processes),
+        threads=max(1, available_cores() // processes) if place.type == "cpu" else None,
         split=split,
         val=val,
         epochs=epochs,
@@ -160,17 +162,23 @@ def sweep(
         keep=None if keep == "auto" else keep,
         precision=resolve_precision(precision, place),
     )
-    click.echo(f"{out}: {len(planned)} heads, {min(processes, len(planned))} at a time")
+    click.echo(f"{out}: {len(planned)} heads, {processes} at a time")
     quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    outcomes: list[Outcome] = []
     with Progress("sweep", "heads", quiet=quiet) as bar:
 
         def done(count: int, total: int, outcome: "Outcome") -> None:
+            outcomes.append(outcome)
             score = f"mIoU {outcome.scores['miou']:.4f}" if outcome.scores else "failed"
             bar(count, total, f"{outcome.job.out.name}: {score}")
 
         bar(0, len(planned))
-        outcomes = run_sweep(planned, processes=min(processes, len(planned)), done=done)
-    click.echo(write_sweep(out, outcomes))
+        try:
+            run_sweep(planned, processes=processes, done=done)
+        finally:
+            # Also after Ctrl-C: what is there can be looked at, marked as incomplete.
+            table = write_sweep(out, planned, outcomes) if outcomes else ""
+    click.echo(table)
     click.echo(f"{out}: {', '.join(TABLE_FILES)}")
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:

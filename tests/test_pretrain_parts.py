@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pathsegdiff.diffusion.bundle import load_bundle
 from pathsegdiff.diffusion.presets import PRESETS, vq_config
@@ -118,6 +119,14 @@ def test_a_decoder_that_is_trained_on_changes_no_latent(trained, pool, tmp_path)
     assert psnr(images, new) != pytest.approx(psnr(images, old), abs=1e-4)
     for name, value in before.unet.state_dict().items():
         assert torch.equal(value, after.unet.state_dict()[name])
+
+    # An autoencoder that was trained anew has another encoder than this decoder was made for.
+    weights = load_file(work / "autoencoder" / "weights.safetensors")
+    name = next(name for name in weights if name.startswith("encoder."))
+    weights[name] = weights[name] + 1
+    save_file(weights, work / "autoencoder" / "weights.safetensors")
+    with pytest.raises(RunError, match="decoder was trained with another autoencoder"):
+        training.assemble(tmp_path / "c", name="c", title="A test", licence="none", data="demo")
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])

@@ -2,14 +2,22 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from cli.main import run
 from pathsegdiff.errors import RunError
+from pathsegdiff.features.writer import writable
 from pathsegdiff.pipeline.sweep import (
     Grid,
     TableRow,
@@ -23,6 +31,7 @@ from pathsegdiff.pipeline.sweep import (
 from pathsegdiff.segmentation import train
 from tests.helpers_store import build_store
 
+ROOT = Path(__file__).parents[1]
 SHORT = {"steps": 2, "batch_size": 2}
 OPTIONS = ("--steps", "2", "--batch-size", "2", "--head-width", "8", "--jobs", "1")
 
@@ -99,9 +108,10 @@ def test_folds_are_held_out_and_averaged(tmp_path):
     path = tmp_path / "folded.zarr"
     build_store(path, train=8, test=0)
     grid = Grid(stores=[path], widths=[8], folds=[1, 2])
-    outcomes = run_sweep(plan_sweep(grid, tmp_path / "swept", **SHORT))
+    jobs = plan_sweep(grid, tmp_path / "swept", **SHORT)
+    outcomes = run_sweep(jobs)
     assert [outcome.part for outcome in outcomes] == ["fold1", "fold2"]
-    text = write_sweep(tmp_path / "swept", outcomes)
+    text = write_sweep(tmp_path / "swept", jobs, outcomes)
     mean = sum(outcome.scores["miou"] for outcome in outcomes) / 2
     assert f"| all | {mean:.3f} |" in text
     assert "fold1, fold2" in text
@@ -136,7 +146,13 @@ def test_a_head_that_fails_costs_no_other(store, tmp_path, capsys):
         (["--taps", "up_99"], "up_99"),
         (["--fold", "0", "--eval-split", "test"], "--eval-split cannot go with --fold"),
         (["--val", "0"], "--val 0 leaves nothing to score"),
-        (["--eval-split", "absent"], "no complete sample of split 'absent'"),
+        (["--val", "0.0"], "leaves nothing to score"),
+        (["--val", "nosuch"], "nosuch"),
+        (["--split", "nosuch"], "nosuch"),
+        (["--fold", "9,1"], "--fold 9"),
+        (["--seed", "-1"], "seeds are from 0"),
+        (["--seed", str(2**70)], "seeds are from 0"),
+        (["--eval-split", "absent"], "no sample of split 'absent'"),
         (["--steps", "2", "--epochs", "2"], "not both"),
     ],
 )
@@ -163,7 +179,7 @@ def test_stores_that_nothing_else_tells_apart_are_named(store, tmp_path):
     small = tmp_path / "small.zarr"
     build_store(small, train=4, test=2, dtype="int8")
     jobs = plan_sweep(Grid(stores=[store, other, small]), tmp_path / "swept", **SHORT)
-    assert [job.axes["store"] for job in jobs] == ["shapes.zarr", "others.zarr", None]
+    assert [job.axes["store"] for job in jobs] == ["shapes.zarr", "others.zarr", "small.zarr"]
     assert [job.axes["dtype"] for job in jobs] == ["float16", "float16", "int8"]
 
 
@@ -189,8 +205,62 @@ def test_the_table_shows_only_the_axes_that_vary():
     assert varied_axes(rows[:1]) == ["taps"]
 
 
-def test_a_cpu_trains_one_head_per_core():
-    import torch
-
+def test_a_cpu_trains_one_head_per_core(monkeypatch):
+    monkeypatch.setattr("pathsegdiff.pipeline.sweep.available_cores", lambda: 6)
     assert default_processes(torch.device("cuda")) == 1
-    assert default_processes(torch.device("cpu")) >= 1
+    assert default_processes(torch.device("cpu")) == 6
+
+
+def test_a_store_that_is_not_finished_is_refused(tmp_path):
+    path = tmp_path / "shapes.zarr"
+    opened = build_store(path, train=4, test=2)
+    with writable(path) as writer:
+        writer.forget(opened.samples()[1])
+    with pytest.raises(RunError, match=r"lacks 1 of 4 samples \(train_1, ...\)"):
+        plan_sweep(Grid(stores=[path]), tmp_path / "swept", **SHORT)
+
+
+def test_stores_of_other_samples_are_not_compared(store, tmp_path):
+    build_store(tmp_path / "more.zarr", train=6, test=2, dtype="float32")
+    with pytest.raises(RunError, match=r"do not hold the same samples \(train_4 is in one"):
+        plan_sweep(Grid(stores=[store, tmp_path / "more.zarr"]), tmp_path / "swept", **SHORT)
+
+
+def test_a_process_that_dies_costs_no_other_head(store, tmp_path, monkeypatch):
+    jobs = plan_sweep(Grid(stores=[store], widths=[8], seeds=[0, 1]), tmp_path, **SHORT)
+    sample = jobs[0].out
+    sample.parent.mkdir(parents=True)
+    sample.write_text("a file where the run folder has to be")
+    first, second = run_sweep(jobs, processes=2)
+    assert "is a file" in first.error
+    assert second.scores
+    monkeypatch.setattr("pathsegdiff.pipeline.sweep._run_alone", kill_this_process)
+    killed = run_sweep(jobs, processes=2)
+    assert all("ended with code -9" in outcome.error for outcome in killed)
+
+
+def kill_this_process(job, answer):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_ctrl_c_ends_every_head_with_a_checkpoint_and_begins_no_other(store, tmp_path):
+    out = tmp_path / "swept"
+    command = [sys.executable, "-m", "cli", "sweep", "--features", str(store), "--seed", "0,1,2,3"]
+    long = ["--steps", "100000", "--batch-size", "1", "--head-width", "8", "--jobs", "2"]
+    process = subprocess.Popen(
+        [*command, *long, "--out", str(out)], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("runs/*/log.csv"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    runs = sorted((out / "runs").iterdir())
+    assert len(runs) == 2
+    assert all((run / "checkpoint.pt").exists() for run in runs)
+    assert not list(out.glob("runs/*/result.json"))

@@ -46,6 +46,20 @@ def round_mantissa(features: np.ndarray, bits: int = _KEPT_BITS) -> np.ndarray:
     return (raw >> drop << drop).astype(np.uint16).view(np.float16)
 
 
+def as_read(features: np.ndarray, stored: str) -> np.ndarray:
+    """What a reader of a store would get of features that went into it.
+
+    Args:
+        features: (C, M, N) floats of a region.
+        stored: The recipe's dtype.
+    """
+    if stored == "int8":
+        return dequantize(*quantize(features))
+    if stored == "float16-5bit":
+        return round_mantissa(features)
+    return features
+
+
 def quantize(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features to int8.
 

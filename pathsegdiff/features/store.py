@@ -1,7 +1,8 @@
 """Feature store: stitched UNet taps in Zarr v3, written by stage 1, read by stage 2 (no torch).
 
     STORE/zarr.json            format, recipe, fingerprint, dataset, model, levels, provenance
-      stride_<s>  (S, C, H/s, W/s) float16     the taps of one spatial size; s = 4, 8, 16, 32
+      stride_<s>  (S, C, H/s, W/s) float16     the taps of one spatial size; s = 4, 8, 16, 32;
+                                               float32 or int8 where the recipe says so
       tokens      (S, D, H/16, W/16) float16   the encoder's patch tokens (only where asked for)
       scale_<level> (S, C) float32             only where levels are int8: value = int8 * scale
       label       (S, H, W) uint8              class ids; >= number of classes: not counted

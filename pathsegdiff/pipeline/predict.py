@@ -21,6 +21,7 @@ from pathsegdiff.data.regions import check_mpp, resize_image
 from pathsegdiff.diffusion.bundle import Bundle, load_bundle
 from pathsegdiff.errors import BundleError, DataError, RunError
 from pathsegdiff.evaluation.overlays import background_class, overlay
+from pathsegdiff.features.quantize import as_read
 from pathsegdiff.features.stage_one import StageOne, View
 from pathsegdiff.features.store import DatasetCard
 from pathsegdiff.files import replace_file
@@ -249,7 +250,10 @@ class Predictor:
         rows, columns = prepared.grid
         batch = grid_batch(
             self.run.config.levels,
-            {name: torch.from_numpy(features)[None] for name, features in arrays.items()},
+            {
+                name: torch.from_numpy(as_read(values, self.run.config.recipe.dtype))[None]
+                for name, values in arrays.items()
+            },
             patch_px=self.card.rule.patch_px,
             rows=rows,
             columns=columns,

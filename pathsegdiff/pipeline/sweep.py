@@ -11,23 +11,31 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
+import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import product
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pathsegdiff.config import parse_head_inputs
-from pathsegdiff.device import keep_freed_memory
+from pathsegdiff.device import available_cores, keep_freed_memory
 from pathsegdiff.errors import PathSegDiffError, RunError
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.files import replace_file
+from pathsegdiff.interrupt import deferred_interrupt
 from pathsegdiff.segmentation.evaluate import evaluate_run, evaluated_samples
 from pathsegdiff.segmentation.runs import load_run
+from pathsegdiff.segmentation.splits import choose_parts
 from pathsegdiff.segmentation.train import default_run_name, plan_settings, train_head
 
 #: What is scored, as metrics.json and log.csv name it.
@@ -35,6 +43,9 @@ METRICS = ("miou", "dice", "accuracy")
 #: Axes of a grid in the order of the table's columns; those with one value are left out.
 AXES = ("data", "model", "t", "condition", "dtype", "store", "taps", "lr", "width", "images")
 _NUMBERS = ("t", "lr", "width", "images")
+#: Between two looks at whether Ctrl-C was pressed.
+_LOOK_SECONDS = 0.5
+_INTERRUPTED = 130
 TABLE_FILES = ("table.md", "table.csv", "plot.png")
 
 
@@ -106,7 +117,7 @@ class Job:
         settings: Further arguments of ``plan_settings``.
         eval_split: Scored instead of the validation part, or None.
         device: Where to compute.
-        threads: Of torch.
+        threads: Of torch; None for as many as it takes by itself.
     """
 
     point: Point
@@ -115,7 +126,7 @@ class Job:
     settings: dict[str, Any]
     eval_split: str | None
     device: str
-    threads: int
+    threads: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +173,7 @@ def plan_sweep(
     *,
     eval_split: str | None = None,
     device: str = "cpu",
-    threads: int = 1,
+    threads: int | None = 1,
     **settings: Any,
 ) -> list[Job]:
     """Open every store and check every point before anything is trained.
@@ -180,21 +191,31 @@ def plan_sweep(
     """
     if eval_split is not None and any(fold is not None for fold in grid.folds):
         raise RunError("--eval-split cannot go with --fold, of which the held-out part is scored")
-    if settings.get("val") == "0" and eval_split is None and None in grid.folds:
-        raise RunError("--val 0 leaves nothing to score; name a fold, or a split with --eval-split")
     opened = {str(path): FeatureStore.open(path) for path in grid.stores}
     found = {name: _store_axes(store) for name, store in opened.items()}
     # Named where nothing else in the table would tell two stores apart.
+    alike = any(list(found.values()).count(own) > 1 for own in found.values())
     facts = {
-        name: {**own, "store": Path(name).name if list(found.values()).count(own) > 1 else None}
-        for name, own in found.items()
+        name: {**own, "store": Path(name).name if alike else None} for name, own in found.items()
     }
+    compared: dict[str, tuple[str, set[str]]] = {}
     jobs: list[Job] = []
     for point in grid.points():
         store = opened[point.store]
         planned = plan_settings(store, **_arguments(point), **settings)
-        if eval_split is not None and not store.samples(eval_split):
-            raise RunError(f"{store.path} has no complete sample of split {eval_split!r}")
+        parts = choose_parts(
+            store,
+            split=planned.split,
+            val=planned.val,
+            fold=planned.fold,
+            seed=planned.seed,
+            limit=planned.limit,
+        )
+        if not parts.val and eval_split is None and point.fold is None:
+            raise RunError(
+                "--val 0 leaves nothing to score; name a fold, or a split with --eval-split"
+            )
+        _check_comparable(store, {planned.split, eval_split}, compared)
         name = default_run_name(store, planned)
         taken = next((job for job in jobs if job.out.name == name), None)
         if taken is not None:
@@ -243,32 +264,19 @@ def run_sweep(
     Returns:
         Outcomes in the order of the jobs.
     """
-    outcomes: dict[int, Outcome] = {}
-    if processes == 1:
-        for index, job in enumerate(jobs):
-            outcomes[index] = run_job(job)
-            done(len(outcomes), len(jobs), outcomes[index])
-        return [outcomes[index] for index in range(len(jobs))]
-    # Spawned: zarr's threads and torch's do not survive a fork.
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    pending: dict[Future[Outcome], int] = {}
-    try:
-        pending = {pool.submit(run_job, job): index for index, job in enumerate(jobs)}
-        while pending:
-            finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in finished:
-                index = pending.pop(future)
-                outcomes[index] = future.result()
-                done(len(outcomes), len(jobs), outcomes[index])
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-    return [outcomes[index] for index in range(len(jobs))]
+    if processes > 1:
+        return _side_by_side(jobs, processes, done)
+    outcomes: list[Outcome] = []
+    for job in jobs:
+        outcomes.append(run_job(job))
+        done(len(outcomes), len(jobs), outcomes[-1])
+    return outcomes
 
 
 def run_job(job: Job) -> Outcome:
-    """Train one head and score it."""
-    keep_freed_memory()  # in a process of its own, too
-    torch.set_num_threads(job.threads)
+    """Train one head and score it; what goes wrong with this one alone is its outcome."""
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     try:
         store = FeatureStore.open(job.point.store)
         settings = plan_settings(store, **_arguments(job.point), **job.settings)
@@ -277,8 +285,10 @@ def run_job(job: Job) -> Outcome:
         part = "validation"
         if job.eval_split is not None or job.point.fold is not None:
             part, found = _evaluated(job, store)
-    except PathSegDiffError as error:
+    except (PathSegDiffError, OSError) as error:
         return Outcome(job=job, error=str(error))
+    except (MemoryError, torch.OutOfMemoryError):
+        return Outcome(job=job, error="out of memory; use fewer --jobs, or a smaller --batch-size")
     return Outcome(
         job=job,
         part=part,
@@ -288,26 +298,109 @@ def run_job(job: Job) -> Outcome:
     )
 
 
+def _side_by_side(
+    jobs: Sequence[Job], processes: int, done: Callable[[int, int, Outcome], None]
+) -> list[Outcome]:
+    """A process for each job, so many at a time.
+
+    Ctrl-C and SIGTERM reach this process alone; it asks the others to end, which they do at the end
+    of a step, with a checkpoint.
+    """
+    # Spawned: zarr's threads and torch's do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    waiting = deque(enumerate(jobs))
+    running: dict[Connection, tuple[int, SpawnProcess]] = {}
+    outcomes: dict[int, Outcome] = {}
+    with deferred_interrupt() as interrupt:
+        try:
+            while waiting or running:
+                interrupt.raise_if_requested()
+                while waiting and len(running) < processes:
+                    index, job = waiting.popleft()
+                    ours, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=_run_alone, args=(job, theirs))
+                    with _ignored_interrupt():
+                        process.start()
+                    theirs.close()
+                    running[ours] = index, process
+                for ready in wait(list(running), timeout=_LOOK_SECONDS):
+                    assert isinstance(ready, Connection)
+                    index, process = running.pop(ready)
+                    outcomes[index] = _received(ready, process, jobs[index])
+                    done(len(outcomes), len(jobs), outcomes[index])
+        finally:
+            for _, process in running.values():
+                process.terminate()
+            for ours, (_, process) in running.items():
+                process.join()
+                ours.close()
+    return [outcomes[index] for index in range(len(jobs))]
+
+
+def _run_alone(job: Job, answer: Connection) -> None:
+    """What a process of ``_side_by_side`` does."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # a Ctrl-C is for the parent
+    keep_freed_memory()
+    try:
+        answer.send(run_job(job))
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+
+
+def _received(answer: Connection, process: SpawnProcess, job: Job) -> Outcome:
+    try:
+        outcome = answer.recv()
+        assert isinstance(outcome, Outcome)
+    except EOFError:
+        process.join()
+        outcome = Outcome(
+            job=job,
+            error=f"its process ended with code {process.exitcode} (-9: out of memory, as a rule; "
+            "use fewer --jobs)",
+        )
+    answer.close()
+    process.join()
+    return outcome
+
+
+@contextmanager
+def _ignored_interrupt() -> Iterator[None]:
+    """A process that is started inside inherits that SIGINT is ignored, until it trains."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def _evaluated(job: Job, store: FeatureStore) -> tuple[str, dict[str, float]]:
     """Part and scores; a split is looked at once per run."""
     run = load_run(job.out, torch.device(job.device))
-    part, _ = evaluated_samples(run, store, job.eval_split)
-    file = job.out / f"eval-{part}" / "metrics.json"
-    if file.is_file():
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return part, {name: float(values[name]) for name in METRICS}
+    part, samples = evaluated_samples(run, store, job.eval_split)
+    try:
+        text = (job.out / f"eval-{part}" / "metrics.json").read_text(encoding="utf-8")
+        values = json.loads(text)
+        if len(values["images"]) == len(samples):
+            return part, {name: float(values[name]) for name in METRICS}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or not whole: it is made now
     pooled = evaluate_run(run, store, split=job.eval_split).scores
     return part, {name: float(getattr(pooled, name)) for name in METRICS}
 
 
-def table_rows(outcomes: Sequence[Outcome]) -> list[TableRow]:
-    """One row per setting, in the order of the jobs."""
-    found: dict[tuple[Any, ...], list[Outcome]] = {}
-    for outcome in outcomes:
-        found.setdefault(tuple(outcome.job.axes[axis] for axis in AXES), []).append(outcome)
+def table_rows(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> list[TableRow]:
+    """One row per setting, in the order of the jobs, of which some may not have been done."""
+    found: dict[tuple[Any, ...], list[Job]] = {}
+    for job in jobs:
+        found.setdefault(tuple(job.axes[axis] for axis in AXES), []).append(job)
+    by_run = {outcome.job.out: outcome for outcome in outcomes if outcome.scores}
     rows = []
     for key, group in found.items():
-        scored = [outcome for outcome in group if outcome.scores]
+        scored = [by_run[job.out] for job in group if job.out in by_run]
         rows.append(
             TableRow(
                 axes=dict(zip(AXES, key, strict=True)),
@@ -325,9 +418,9 @@ def varied_axes(rows: Sequence[TableRow]) -> list[str]:
     return found or ["taps"]
 
 
-def write_sweep(out: Path, outcomes: Sequence[Outcome]) -> str:
+def write_sweep(out: Path, jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> str:
     """Write table.csv (one line per run), table.md and plot.png; return the Markdown."""
-    rows = table_rows(outcomes)
+    rows = table_rows(jobs, outcomes)
     text = markdown(rows, sorted({outcome.part for outcome in outcomes if outcome.part}))
     replace_file(out / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
     replace_file(out / "table.csv", lambda file: file.write_text(_csv(outcomes), encoding="utf-8"))
@@ -342,7 +435,7 @@ def markdown(rows: Sequence[TableRow], parts: Sequence[str]) -> str:
     header = [*axes, f"mIoU ({scored})", "range", "Dice", "accuracy", "runs"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
-        cells = [_shown(row.axes[axis]) for axis in axes]
+        cells = [_shown(axis, row.axes[axis]) for axis in axes]
         for metric in METRICS:
             values = row.scores[metric]
             cells.append(f"{statistics.fmean(values):.3f}" if values else "")
@@ -356,7 +449,37 @@ def markdown(rows: Sequence[TableRow], parts: Sequence[str]) -> str:
 
 def default_processes(device: torch.device) -> int:
     """One per core on a CPU, where a small head gains little from a second thread; else one."""
-    return len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+    return available_cores() if device.type == "cpu" else 1
+
+
+def _check_comparable(
+    store: FeatureStore, splits: set[str | None], compared: dict[str, tuple[str, set[str]]]
+) -> None:
+    """Refuse a store with samples that are missing, or others than the stores before it have.
+
+    Args:
+        splits: That are used; None where all are.
+        compared: Data set -> a store of it and its samples; filled here.
+    """
+    used = splits - {None}
+    wanted = [sample for sample in store.registered() if not used or sample.split in used]
+    for split in used:
+        if not any(sample.split == split for sample in wanted):
+            raise RunError(f"{store.path} has no sample of split {split!r}")
+    missing = [sample.sample_id for sample in wanted if not store.is_complete(sample)]
+    if missing:
+        raise RunError(
+            f"{store.path} lacks {len(missing)} of {len(wanted)} samples ({missing[0]}, ...); "
+            "finish it with `psd extract`"
+        )
+    ids = {sample.sample_id for sample in wanted}
+    other, theirs = compared.setdefault(store.card.name, (store.path, ids))
+    if ids != theirs:
+        odd = min(ids ^ theirs)
+        raise RunError(
+            f"{store.path} and {other} do not hold the same samples ({odd} is in one of them); "
+            "extract the same splits into both"
+        )
 
 
 def _store_axes(store: FeatureStore) -> dict[str, Any]:
@@ -376,9 +499,9 @@ def _arguments(point: Point) -> dict[str, Any]:
     return arguments
 
 
-def _shown(value: Any) -> str:
+def _shown(axis: str, value: Any) -> str:
     if value is None:
-        return "all"
+        return "all" if axis == "images" else ""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -414,13 +537,15 @@ def _draw(path: Path, rows: Sequence[TableRow]) -> None:
     series: dict[str, list[TableRow]] = {}
     for row in rows:
         if row.runs:
-            label = ", ".join(f"{other} {_shown(row.axes[other])}" for other in others)
+            label = ", ".join(f"{other} {_shown(other, row.axes[other])}" for other in others)
             series.setdefault(label, []).append(row)
-    names = list(dict.fromkeys(_shown(row.axes[axis]) for row in rows))
+    names = list(dict.fromkeys(_shown(axis, row.axes[axis]) for row in rows))
     figure = Figure(figsize=(max(6.0, 0.62 * len(names) + 2), 3.6), layout="constrained")
     axes = figure.subplots()
     numeric = axis in _NUMBERS and all(row.axes[axis] is not None for row in rows)
     for index, (label, group) in enumerate(series.items()):
+        if numeric:
+            group.sort(key=lambda row: float(row.axes[axis]))
         means = [statistics.fmean(row.scores["miou"]) for row in group]
         reach = [
             [mean - min(row.scores["miou"]) for mean, row in zip(means, group, strict=True)],
@@ -432,7 +557,7 @@ def _draw(path: Path, rows: Sequence[TableRow]) -> None:
         else:
             width = 0.8 / len(series)
             shift = (index - (len(series) - 1) / 2) * width
-            places = [names.index(_shown(row.axes[axis])) + shift for row in group]
+            places = [names.index(_shown(axis, row.axes[axis])) + shift for row in group]
             axes.bar(places, means, width, yerr=reach, capsize=2, label=label or None)
     if numeric and axis == "lr":
         axes.set_xscale("log")

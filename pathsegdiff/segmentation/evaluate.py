@@ -150,7 +150,7 @@ def _part_notes(
     """What makes the numbers less than they look."""
     if not (run.path / RESULT_FILE).is_file():
         step = kept_row(run.metadata).get("step", 0)
-        yield f"the training has not finished: this head is the best so far, of step {step:.0f}"
+        yield f"the training has not finished: this head is the one kept so far, of step {step:.0f}"
     yield from shared_notes(part, samples, run.config.samples, store.samples())
     planned = [sample for sample in store.registered() if sample.split == part]
     if len(planned) > len(samples) and not part.startswith("fold"):

@@ -362,7 +362,7 @@ class TrainingLoop(ABC, Generic[Batch]):
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.loss_sum, self.loss_steps = float(state["loss_sum"]), int(state["loss_steps"])
-            self.rows, self.kept = list(state["rows"]), state["kept"]
+            self.rows, self.kept = list(state["rows"]), state.get("kept", state.get("best"))
         except Exception as error:  # whatever the parsers make of a damaged file
             reason = str(error).split("\n", 1)[0][:200] or type(error).__name__
             raise RunError(
@@ -411,7 +411,7 @@ def finished_before(out: Path) -> TrainResult | None:
         result = json.loads(file.read_text(encoding="utf-8"))
         kept = {
             key: math.nan if value is None else float(value)
-            for key, value in result["kept"].items()
+            for key, value in result.get("kept", result.get("best")).items()
         }
         return TrainResult(
             path=out,

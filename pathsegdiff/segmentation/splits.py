@@ -22,7 +22,7 @@ class Parts:
 
     Attributes:
         train: Their pixels make the gradient.
-        val: They choose the epoch that is kept; empty where there is no validation.
+        val: Watched through the training; under --keep best they choose the head. May be empty.
         held_out: The test part of a fold; empty without folds.
     """
 

@@ -21,6 +21,8 @@ from pathsegdiff.diffusion.pretrain.loop import Figures, Part
 from pathsegdiff.diffusion.pretrain.pictures import save_rows
 
 STREAM, _DECODER_STREAM = 1, 4
+#: Of the weights that ``DecoderPart`` changes.
+DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
 #: Weight of the KL term beside the reconstruction, per latent value. Rombach et al.: 1e-6 of sums.
 KL_WEIGHT = 1e-4
 

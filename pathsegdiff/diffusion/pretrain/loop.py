@@ -106,7 +106,7 @@ class PretrainProgress:
     """Where a training stands, after each step.
 
     Attributes:
-        part: "autoencoder", "encoder" or "ldm".
+        part: "autoencoder", "encoder", "ldm" or "decoder".
         step, total_steps: Done, and of the whole.
         figures: Averages since the last report.
     """

@@ -33,7 +33,12 @@ from pathsegdiff.diffusion.bundle import (
 from pathsegdiff.diffusion.conv_encoder import ConvEncoderConfig
 from pathsegdiff.diffusion.encoder import AnyEncoder, EncoderConfig, build_encoder
 from pathsegdiff.diffusion.imagenet import ARCHITECTURE, efficientnet_lite0_state
-from pathsegdiff.diffusion.pretrain.autoencoder import AutoencoderPart, DecoderPart, latent_std
+from pathsegdiff.diffusion.pretrain.autoencoder import (
+    DECODER_PREFIXES,
+    AutoencoderPart,
+    DecoderPart,
+    latent_std,
+)
 from pathsegdiff.diffusion.pretrain.encoder import EncoderPart
 from pathsegdiff.diffusion.pretrain.images import ImagePool
 from pathsegdiff.diffusion.pretrain.ldm import LdmPart
@@ -41,7 +46,7 @@ from pathsegdiff.diffusion.pretrain.loop import Part, Progress, TrainingLoop
 from pathsegdiff.diffusion.pretrain.plans import EXTRA_PARTS, PARTS, Plan
 from pathsegdiff.diffusion.taps import plan_taps
 from pathsegdiff.errors import BundleError, ConfigError, RunError
-from pathsegdiff.files import replace_file
+from pathsegdiff.files import file_sha256, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +163,7 @@ class Pretraining:
         states = {
             "unet": _below(ldm, "unet."),
             "conditioner": _below(ldm, "conditioner."),
-            "autoencoder": self._weights("decoder" if "decoder" in extra else "autoencoder"),
+            "autoencoder": self._autoencoder(with_decoder="decoder" in extra),
             "encoder": self._weights("encoder"),
         }
         configs: dict[str, Mapping[str, Any]] = {
@@ -188,7 +193,10 @@ class Pretraining:
             part = DecoderPart(
                 preset.autoencoder, state, self.pool, self.device, self.plan.held_out_crops
             )
-            return part, {"config": preset.autoencoder}
+            return part, {
+                "config": preset.autoencoder,
+                "autoencoder": file_sha256(self.work / "autoencoder" / WEIGHTS_FILE),
+            }
         if name == "encoder":
             assert isinstance(preset.encoder, EncoderConfig)
             part = EncoderPart(
@@ -227,6 +235,28 @@ class Pretraining:
             "diffusion": self.plan.diffusion.to_dict(),
             "latent_scale": scale,
         }
+
+    def _autoencoder(self, *, with_decoder: bool) -> dict[str, Tensor]:
+        """Weights of the autoencoder, the decoder's own training included where there was one.
+
+        Raises:
+            RunError: If that training was another autoencoder's.
+        """
+        weights = self._weights("autoencoder")
+        if not with_decoder:
+            if (self.work / "decoder").exists():
+                logger.warning("%s is not finished and left out", self.work / "decoder")
+            return weights
+        trained = self._weights("decoder")
+        fixed = {k: v for k, v in weights.items() if not k.startswith(DECODER_PREFIXES)}
+        if trained.keys() != weights.keys() or not all(
+            torch.equal(value, trained[name]) for name, value in fixed.items()
+        ):
+            raise RunError(
+                f"{self.work / 'decoder'} was trained with another autoencoder; remove it, or "
+                "train it again with `psd pretrain decoder`"
+            )
+        return trained
 
     def _take_imagenet_encoder(self) -> None:
         config = self.plan.preset.encoder

@@ -19,6 +19,8 @@ from pathsegdiff.pipeline.bench.measure import Spread, copy_rate, matmul_rate
 from pathsegdiff.provenance import versions
 
 DATASET = "demo"
+#: Of that data set: regions, and patches of a region (512 px in patches of 256).
+MAX_SAMPLES, PATCHES_PER_REGION = 48, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,13 @@ class BenchSettings:
         if self.head_batch > self.samples:
             raise ConfigError(
                 f"--head-batch {self.head_batch} needs as many samples, got {self.samples}"
+            )
+        if self.samples > MAX_SAMPLES:
+            raise ConfigError(f"--samples: there are {MAX_SAMPLES}, got {self.samples}")
+        if self.batch_size > PATCHES_PER_REGION:
+            # A batch never mixes regions: a larger one would be measured under a wrong name.
+            raise ConfigError(
+                f"--batch-size: a region has {PATCHES_PER_REGION} patches, got {self.batch_size}"
             )
 
 
@@ -197,7 +206,7 @@ def table(found: dict[str, Any]) -> str:
             plain, ours = (peaks[f"{what}, {side}"] for side in ("plain", "ours"))
             lines.append(
                 [
-                    f"peak memory, {what}, GB",
+                    f"peak memory of the process, {what}, GB",
                     f"{plain / 1e9:.2f}",
                     f"{ours / 1e9:.2f}",
                     f"{plain / ours:.2f}",

@@ -1,7 +1,6 @@
 """Side by side: turns, medians, ratios; peak memory of a process; what the hardware gives."""
 
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -99,6 +98,8 @@ def largest_resident_bytes() -> int:
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    import resource  # not there on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
