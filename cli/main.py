@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from pathsegdiff import __version__
-from pathsegdiff.device import keep_freed_memory
+from pathsegdiff.device import keep_freed_memory, wait_without_spinning
 from pathsegdiff.errors import PathSegDiffError
 
 #: Where each command lives; a module is imported only when its command is used.
@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run ``psd`` and return its exit code; a bug keeps its traceback."""
     keep_freed_memory()
+    wait_without_spinning()
     try:
         result = psd.main(
             args=None if arguments is None else list(arguments),

@@ -1,12 +1,18 @@
 """Devices, precisions and memory."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from pathsegdiff.device import keep_freed_memory, resolve_device, resolve_precision
+from pathsegdiff.device import (
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+    wait_without_spinning,
+)
 from pathsegdiff.errors import ConfigError
 
 FAULTS = """
@@ -36,6 +42,28 @@ def test_freed_memory_is_not_mapped_anew():
 
     # 40 MiB of pages each time, or none after the first.
     assert faults("keep") < 0.1 * faults("leave")
+
+
+def test_threads_wait_without_spinning_unless_the_user_wants_it(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delitem(sys.modules, "torch")
+    assert wait_without_spinning()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert not wait_without_spinning()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+
+
+def test_a_command_sets_it_before_torch_is_imported():
+    code = (
+        "import os, sys; from cli.main import run; run(['--version']); "
+        "assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.split()[-1] == "PASSIVE"
 
 
 @pytest.mark.parametrize(
