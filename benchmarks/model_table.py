@@ -92,11 +92,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--table-only", action="store_true", help="of what there is; run nothing")
     options = parser.parse_args()
     rows = {name: ROWS[name] for name in options.rows.split(",")}
     seeds = [int(seed) for seed in options.seeds.split(",")]
     limits = [None if limit == "all" else int(limit) for limit in options.limit_images.split(",")]
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.table_only:
+        write_table(options, rows, limits, seeds)
+        return
     for command in extractions(options, {row.store for row in rows.values()}):
         if not run(command, options, threads=2):
             sys.exit("a store is not whole; run the same command again")
