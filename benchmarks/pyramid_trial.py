@@ -5,11 +5,11 @@
     python benchmarks/pyramid_trial.py train --features copies.zarr --fold 0 --copies
 
 ``copies`` writes each training image of GlaS as it is (split "train") and augmented as the U-Nets
-of `psd baseline` see it (split "copies"). ``train`` holds out a patient fold: on every level a
-1 x 1 convolution, then from coarse to fine twice up, add, two 3 x 3 convolutions (a feature pyramid, Lin
-et al. 2017, https://arxiv.org/abs/1612.03144), trained on whole regions with quarter turns, noise
-on the features, channel dropout, cross-entropy and soft Dice. It prints the mIoU of the held-out
-fold.
+of `psd baseline` see it (split "copies"). ``train`` holds out a patient fold. Its head: on every
+level a 1 x 1 convolution, then from coarse to fine twice up, add, two 3 x 3 convolutions (a feature
+pyramid, Lin et al. 2017, https://arxiv.org/abs/1612.03144); on whole regions with quarter turns,
+noise on the features, channel dropout, cross-entropy and soft Dice. It prints the mIoU of the
+held-out fold.
 """
 
 import argparse
