@@ -59,6 +59,7 @@ def test_options_reach_the_training(folder):
         "minutes": None,
         "batch_size": 2,
         "learning_rate": 0.01,
+        "keep": "best",
         "precision": "bfloat16",
         "seed": 3,
     }

@@ -73,6 +73,7 @@ def test_options_reach_the_training(folder):
         "head_width": 8,
         "augment": "flips",
         "normalize": "none",
+        "keep": "last",
         "precision": "bfloat16",
         "seed": 3,
     }

@@ -245,6 +245,6 @@ def test_an_unfinished_training_is_said(trained, store, tmp_path):
     shutil.copytree(trained, unfinished)
     (unfinished / "result.json").unlink()
     found = evaluate_run(load_run(unfinished), store, out=tmp_path / "out")
-    assert "the training has not finished: this head is the best so far, of step " in found.notes[1]
+    assert "the training has not finished: this head is the one kept so far, of " in found.notes[1]
     again = evaluate_run(load_run(trained), store, out=tmp_path / "again")
     assert not any("has not finished" in note for note in again.notes)
