@@ -1,4 +1,5 @@
 import json
+from importlib.util import find_spec
 
 import pytest
 
@@ -6,7 +7,9 @@ from cli.baseline import NAMES
 from cli.main import run
 from tests.helpers_data import make_glas
 
-pytest.importorskip("segmentation_models_pytorch", reason="the extra `baselines` is not installed")
+# Not imported here: timm comes first, whose import mends torchvision (diffusion.third_party).
+if find_spec("segmentation_models_pytorch") is None:
+    pytest.skip("the extra `baselines` is not installed", allow_module_level=True)
 
 SHORT = ("--size", "64", "--steps", "3", "--batch-size", "2")
 
