@@ -15,6 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.stage_one import StageOne
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.pipeline.bench import extraction, head
-from pathsegdiff.pipeline.bench.bench import plain_types
 from pathsegdiff.pipeline.bench.measure import copy_rate, largest_resident_bytes, matmul_rate
 from pathsegdiff.provenance import versions
 
@@ -131,7 +131,7 @@ def measure_extraction(
     speed = extraction.measure_extraction(dataset, bundle, stage_one, scratch, runs, plain=plain)
     size = extraction.measure_bytes(FeatureStore.open(scratch / "store.zarr"), scratch / "plain")
     return {
-        **plain_types(speed),
+        **asdict(speed),
         "stored_bytes_per_second": (size.features + size.other) / speed.ours.median,
         "multiply_adds_per_patch": extraction.count_multiply_adds(stage_one.model),
     }
@@ -150,7 +150,7 @@ def measure_head(
         width=int(store.model["head_width"]),
         runs=runs,
     )
-    return plain_types(speed)
+    return asdict(speed)
 
 
 def tiled_dataset(folder: Path, samples: int, region_px: int) -> Dataset:

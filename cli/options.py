@@ -84,3 +84,86 @@ def parts_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def head_training_options(command: Command) -> Command:
+    """How a head is trained, beside its parts, taps, width, learning rate and seed.
+
+    The command takes them as ``**training`` and reads them with ``head_training_settings``.
+    """
+    for option in (
+        click.option(
+            "--keep",
+            type=click.Choice(["auto", "best", "last"]),
+            default="auto",
+            show_default=True,
+            help="The head that is best on validation, or the last; auto: the last with "
+            "--schedule cosine.",
+        ),
+        click.option(
+            "--normalize",
+            type=click.Choice(["channel", "none"]),
+            default="channel",
+            show_default=True,
+            help="Standardise each feature channel with the training part's mean and deviation.",
+        ),
+        click.option(
+            "--augment",
+            type=click.Choice(["none", "flips"]),
+            default="none",
+            show_default=True,
+            help="flips mirrors the feature maps at random.",
+        ),
+        click.option(
+            "--schedule",
+            type=click.Choice(["constant", "cosine"]),
+            default="constant",
+            show_default=True,
+            help="Of the learning rate.",
+        ),
+        click.option(
+            "--crop",
+            default="auto",
+            show_default=True,
+            metavar="PX|none|auto",
+            help="Side of the random crops; none: whole regions; auto: whole ones up to 512 px, "
+            "else 384.",
+        ),
+        click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True),
+        click.option(
+            "--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs."
+        ),
+        click.option(
+            "--epochs", type=click.IntRange(1), help="Passes over the training part [default: 40]."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def head_training_settings(training: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``plan_settings`` that ``head_training_options`` stand for.
+
+    Raises:
+        click.UsageError: If both epochs and steps are given, or the crop is no crop.
+    """
+    if training["epochs"] is not None and training["steps"] is not None:
+        raise click.UsageError("give --epochs or --steps, not both")
+    settings = {name: value for name, value in training.items() if name != "crop"}
+    keep = training["keep"]
+    return {
+        **settings,
+        "crop_px": _parse_crop(training["crop"]),
+        "keep": None if keep == "auto" else keep,
+    }
+
+
+def _parse_crop(text: str) -> int | str | None:
+    if text in ("none", "auto"):
+        return None if text == "none" else text
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not a number of pixels, none or auto", param_hint="--crop"
+        ) from None

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cli.options import PATH, device_option, precision_option
+from cli.options import (
+    PATH,
+    device_option,
+    head_training_options,
+    head_training_settings,
+    precision_option,
+)
 
 if TYPE_CHECKING:
     from pathsegdiff.pipeline.sweep import Outcome
@@ -52,20 +58,7 @@ Value = TypeVar("Value")
 @click.option(
     "--eval-split", help="Score this split instead of the validation part: for the last look only."
 )
-@click.option("--epochs", type=click.IntRange(1), help="As train-head has it.")
-@click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
-@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--crop", default="auto", show_default=True, metavar="PX|none|auto")
-@click.option(
-    "--schedule", type=click.Choice(["constant", "cosine"]), default="constant", show_default=True
-)
-@click.option("--augment", type=click.Choice(["none", "flips"]), default="none", show_default=True)
-@click.option(
-    "--normalize", type=click.Choice(["channel", "none"]), default="channel", show_default=True
-)
-@click.option(
-    "--keep", type=click.Choice(["auto", "best", "last"]), default="auto", show_default=True
-)
+@head_training_options
 @device_option
 @precision_option
 @click.option(
@@ -87,18 +80,11 @@ def sweep(
     split: str | None,
     val: str,
     eval_split: str | None,
-    epochs: int | None,
-    steps: int | None,
-    batch_size: int,
-    crop: str,
-    schedule: str,
-    augment: str,
-    normalize: str,
-    keep: str,
     device: str,
     precision: str,
     jobs: int | None,
     out: Path,
+    **training: Any,
 ) -> None:
     """Train a head for every combination of the settings given, and compare them.
 
@@ -113,11 +99,9 @@ def sweep(
       psd sweep --features features/glas/glas-tiny-t50.zarr --taps each --out sweeps/taps
       psd sweep --features features/glas/glas-tiny-t50.zarr --lr 1e-4,1e-3 --seed 0,1,2
     """
-    if epochs is not None and steps is not None:
-        raise click.UsageError("give --epochs or --steps, not both")
+    chosen = head_training_settings(training)
 
     from cli.progress import Progress
-    from cli.train_head import parse_crop
     from pathsegdiff.config import ALL_TAPS
     from pathsegdiff.device import available_cores, resolve_device, resolve_precision
     from pathsegdiff.errors import RunError
@@ -152,15 +136,8 @@ def sweep(
         threads=max(1, available_cores() // processes) if place.type == "cpu" else None,
         split=split,
         val=val,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        crop_px=parse_crop(crop),
-        schedule=schedule,
-        augment=augment,
-        normalize=normalize,
-        keep=None if keep == "auto" else keep,
         precision=resolve_precision(precision, place),
+        **chosen,
     )
     click.echo(f"{out}: {len(planned)} heads, {processes} at a time")
     quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))

@@ -5,7 +5,15 @@ from typing import Any
 
 import click
 
-from cli.options import PATH, device_option, parts_options, precision_option, seed_option
+from cli.options import (
+    PATH,
+    device_option,
+    head_training_options,
+    head_training_settings,
+    parts_options,
+    precision_option,
+    seed_option,
+)
 
 
 @click.command("train-head")
@@ -14,26 +22,8 @@ from cli.options import PATH, device_option, parts_options, precision_option, se
 )
 @parts_options
 @click.option("--out", type=PATH, help="Run to make or continue [default: runs/STORE-SETTINGS].")
-@click.option(
-    "--epochs", type=click.IntRange(1), help="Passes over the training part [default: 40]."
-)
-@click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
-@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
-@click.option(
-    "--crop",
-    default="auto",
-    show_default=True,
-    metavar="PX|none|auto",
-    help="Side of the random crops; none: whole regions; auto: whole ones up to 512 px, else 384.",
-)
+@head_training_options
 @click.option("--lr", type=float, default=1e-4, show_default=True, help="Learning rate of Adam.")
-@click.option(
-    "--schedule",
-    type=click.Choice(["constant", "cosine"]),
-    default="constant",
-    show_default=True,
-    help="Of the learning rate.",
-)
 @click.option(
     "--taps",
     default="all",
@@ -45,27 +35,6 @@ from cli.options import PATH, device_option, parts_options, precision_option, se
     type=click.IntRange(4),
     metavar="W",
     help="Layers of W, W/2 and W/4 channels [default: as the model says; the paper's is 256].",
-)
-@click.option(
-    "--augment",
-    type=click.Choice(["none", "flips"]),
-    default="none",
-    show_default=True,
-    help="flips mirrors the feature maps at random.",
-)
-@click.option(
-    "--normalize",
-    type=click.Choice(["channel", "none"]),
-    default="channel",
-    show_default=True,
-    help="Standardise each feature channel with the training part's mean and deviation.",
-)
-@click.option(
-    "--keep",
-    type=click.Choice(["auto", "best", "last"]),
-    default="auto",
-    show_default=True,
-    help="The head that is best on validation, or the last; auto: the last with --schedule cosine.",
 )
 @device_option
 @precision_option
@@ -79,20 +48,13 @@ def train_head(
     fold: int | None,
     limit: int | None,
     out: Path | None,
-    epochs: int | None,
-    steps: int | None,
-    batch_size: int,
-    crop: str,
     lr: float,
-    schedule: str,
     taps: str,
     head_width: int | None,
-    augment: str,
-    normalize: str,
-    keep: str,
     device: str,
     precision: str,
     seed: int,
+    **training: Any,
 ) -> None:
     """Train the segmentation head from a feature store (stage 2).
 
@@ -104,9 +66,7 @@ def train_head(
       psd train-head --features features/glas-tiny-t50.zarr --epochs 60 --out runs/glas
       psd train-head --fold 0 --crop none --batch-size 2
     """
-    if epochs is not None and steps is not None:
-        raise click.UsageError("give --epochs or --steps, not both")
-    crop_px = parse_crop(crop)
+    chosen = head_training_settings(training)
 
     from cli.progress import TrainingProgress, duration
     from pathsegdiff.config import parse_head_inputs
@@ -126,19 +86,12 @@ def train_head(
         val=val,
         fold=fold,
         limit=limit,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        crop_px=crop_px,
         learning_rate=lr,
-        schedule=schedule,
         taps=None if taps == "all" else parse_head_inputs(taps),
         head_width=head_width,
-        augment=augment,
-        normalize=normalize,
-        keep=None if keep == "auto" else keep,
         precision=resolve_precision(precision, place),
         seed=seed,
+        **chosen,
     )
     out = Path("runs") / train.default_run_name(store, settings) if out is None else out
     for note in random_weights_note(store.model):
@@ -154,18 +107,6 @@ def train_head(
     kept = result.kept
     quality = f", validation mIoU {kept['val_miou']:.4f}" if "val_miou" in kept else ""
     click.echo(f"kept: step {kept['step']:.0f}{quality}: {out}")
-
-
-def parse_crop(text: str) -> int | str | None:
-    """``--crop``: pixels, "auto", or None for whole regions."""
-    if text in ("none", "auto"):
-        return None if text == "none" else text
-    try:
-        return int(text)
-    except ValueError:
-        raise click.BadParameter(
-            f"{text!r} is not a number of pixels, none or auto", param_hint="--crop"
-        ) from None
 
 
 def _describe(settings: Any, region_px: int) -> str:

@@ -35,8 +35,7 @@ from pathsegdiff.files import replace_file
 from pathsegdiff.interrupt import deferred_interrupt
 from pathsegdiff.segmentation.evaluate import evaluate_run, evaluated_samples
 from pathsegdiff.segmentation.runs import load_run
-from pathsegdiff.segmentation.splits import choose_parts
-from pathsegdiff.segmentation.train import default_run_name, plan_settings, train_head
+from pathsegdiff.segmentation.train import default_run_name, parts_of, plan_settings, train_head
 
 #: What is scored, as metrics.json and log.csv name it.
 METRICS = ("miou", "dice", "accuracy")
@@ -203,15 +202,7 @@ def plan_sweep(
     for point in grid.points():
         store = opened[point.store]
         planned = plan_settings(store, **_arguments(point), **settings)
-        parts = choose_parts(
-            store,
-            split=planned.split,
-            val=planned.val,
-            fold=planned.fold,
-            seed=planned.seed,
-            limit=planned.limit,
-        )
-        if not parts.val and eval_split is None and point.fold is None:
+        if not parts_of(store, planned).val and eval_split is None and point.fold is None:
             raise RunError(
                 "--val 0 leaves nothing to score; name a fold, or a split with --eval-split"
             )

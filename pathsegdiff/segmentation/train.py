@@ -229,6 +229,22 @@ def default_run_name(store: FeatureStore, settings: TrainSettings) -> str:
     return folder_name(Path(store.path).name.removesuffix(".zarr"), chosen, usual)
 
 
+def parts_of(store: FeatureStore, settings: TrainSettings) -> Parts:
+    """What trains, validates and is held out; see ``splits.choose_parts``.
+
+    Raises:
+        RunError: If a part would be empty, or a name is unknown.
+    """
+    return choose_parts(
+        store,
+        split=settings.split,
+        val=settings.val,
+        fold=settings.fold,
+        seed=settings.seed,
+        limit=settings.limit,
+    )
+
+
 def train_head(
     store: FeatureStore,
     out: Path,
@@ -252,14 +268,7 @@ def train_head(
         KeyboardInterrupt: After Ctrl-C, with a checkpoint of the last finished step.
     """
     device = torch.device(device)
-    parts = choose_parts(
-        store,
-        split=settings.split,
-        val=settings.val,
-        fold=settings.fold,
-        seed=settings.seed,
-        limit=settings.limit,
-    )
+    parts = parts_of(store, settings)
     with only_trainer(out):
         known = (out / CONFIG_FILE).exists()
         config = _run_config(

@@ -77,10 +77,8 @@ class AutoencoderPart(Part):
             latent = posterior.sample(generator)
             decoded = self.model.decode(latent).sample
             latent_term = KL_WEIGHT * posterior.kl().mean() / math.prod(latent.shape[1:])
-        error = decoded.float() - images
-        squared = error.square().mean()
-        loss = error.abs().mean() + 2 * squared + latent_term
-        psnr = 10 * math.log10(4 / max(squared.item(), 1e-12))
+        error, psnr = _reconstruction(decoded, images)
+        loss = error + latent_term
         return loss, {"loss": loss.item(), "psnr": psnr, "latent_term": latent_term.item()}
 
     @torch.no_grad()
@@ -135,11 +133,16 @@ class DecoderPart(AutoencoderPart):
         images = to_unit(batch, self.device)
         with torch.no_grad():
             latent = encode(self.model, images, 1.0)
-        decoded = self.model.decode(latent, return_dict=False)[0].float()
-        error = decoded - (images * 2 - 1)
-        squared = error.square().mean()
-        loss = error.abs().mean() + 2 * squared
-        return loss, {"loss": loss.item(), "psnr": 10 * math.log10(4 / max(squared.item(), 1e-12))}
+        decoded = self.model.decode(latent, return_dict=False)[0]
+        loss, psnr = _reconstruction(decoded, images * 2 - 1)
+        return loss, {"loss": loss.item(), "psnr": psnr}
+
+
+def _reconstruction(decoded: Tensor, images: Tensor) -> tuple[Tensor, float]:
+    """Absolute plus twice the squared error in [-1, 1], and the PSNR in dB."""
+    error = decoded.float() - images
+    squared = error.square().mean()
+    return error.abs().mean() + 2 * squared, 10 * math.log10(4 / max(squared.item(), 1e-12))
 
 
 @torch.no_grad()

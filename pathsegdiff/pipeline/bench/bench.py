@@ -15,7 +15,7 @@ from pathsegdiff.diffusion.bundle import load_bundle
 from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.pipeline.bench import extraction, head, reading
-from pathsegdiff.pipeline.bench.measure import Spread, copy_rate, matmul_rate
+from pathsegdiff.pipeline.bench.measure import copy_rate, matmul_rate
 from pathsegdiff.provenance import versions
 
 DATASET = "demo"
@@ -94,21 +94,19 @@ def run_bench(
         for precision in precisions:
             log(f"extraction, {precision}")
             stage_one = extraction.stage_one_of(bundle, device, precision, settings.batch_size)
-            found.setdefault("extraction", {})[precision] = plain_types(
+            found.setdefault("extraction", {})[precision] = asdict(
                 extraction.measure_extraction(dataset, bundle, stage_one, folder, settings.runs)
             )
             if precision == "float32":
                 store = FeatureStore.open(folder / "store.zarr")
-                found["bytes_per_patch"] = plain_types(
-                    extraction.measure_bytes(store, folder / "plain")
-                )
+                found["bytes_per_patch"] = asdict(extraction.measure_bytes(store, folder / "plain"))
                 found["largest_difference"] = extraction.largest_difference(store, folder / "plain")
                 found["multiply_adds_per_patch"] = extraction.count_multiply_adds(stage_one.model)
         store = FeatureStore.open(folder / "store.zarr")
         width = int(store.model["head_width"])
         for precision in precisions:
             log(f"head, {precision}")
-            found.setdefault("head", {})[precision] = plain_types(
+            found.setdefault("head", {})[precision] = asdict(
                 head.measure_head(
                     store,
                     folder / "plain",
@@ -120,9 +118,7 @@ def run_bench(
                 )
             )
         log("reading")
-        found["reading"] = plain_types(
-            reading.measure_reading(store, folder / "mapped", settings.runs)
-        )
+        found["reading"] = asdict(reading.measure_reading(store, folder / "mapped", settings.runs))
         log("what the hardware gives")
         found["ceilings"] = {
             "multiply_adds_per_second": {p: matmul_rate(device, p) for p in precisions},
@@ -242,19 +238,6 @@ def facts(found: dict[str, Any]) -> list[str]:
 
 def _ratio(values: dict[str, float]) -> list[str]:
     return [f"{values['median']:.2f}", f"{values['low']:.2f} to {values['high']:.2f}"]
-
-
-def plain_types(found: Any) -> Any:
-    """A dataclass of spreads and numbers as JSON types."""
-    return {key: _value(value) for key, value in vars(found).items()}
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, Spread):
-        return value.to_dict()
-    if isinstance(value, dict):
-        return {key: _value(inner) for key, inner in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 _HEAD_LINES = (

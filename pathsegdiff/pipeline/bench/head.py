@@ -44,7 +44,7 @@ class HeadSpeed:
     first_layer: dict[str, Spread]
     step: dict[str, Spread]
     step_with_reading: dict[str, Spread]
-    input_bytes: tuple[int, int]
+    input_bytes: list[int]
     output_difference: float
     gradient_difference: float
 
@@ -162,10 +162,10 @@ def measure_head(
             lambda: training.read_and_step_ours(labels),
             lambda: training.read_and_step_plain(labels),
         ),
-        input_bytes=(
+        input_bytes=[
             theirs.numel() * 4,
             sum(values.numel() for values in ours.levels.values()) * 4,
-        ),
+        ],
         output_difference=output,
         gradient_difference=gradient,
     )

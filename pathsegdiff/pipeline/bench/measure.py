@@ -37,10 +37,6 @@ class Spread:
         """Of one value at least."""
         return cls(median=statistics.median(values), low=min(values), high=max(values))
 
-    def to_dict(self) -> dict[str, float]:
-        """Plain JSON types."""
-        return {"median": self.median, "low": self.low, "high": self.high}
-
 
 def in_turns(
     sides: Mapping[str, Callable[[], object]], runs: int, device: torch.device
