@@ -185,7 +185,7 @@ def read_shard(
             else:
                 _read_chunk(descriptor, found, offset, place)
             if not whole:
-                into[...] = scratch[source]
+                _copy_rows(into, scratch[source])
     finally:
         os.close(descriptor)
     return out.astype(dtype.newbyteorder("="), copy=False)
@@ -253,6 +253,12 @@ def _overlap(
         target.append(slice(first - start, last - start))
         source.append(slice(first - place * side, last - place * side))
     return tuple(target), tuple(source)
+
+
+def _copy_rows(into: np.ndarray, values: np.ndarray) -> None:
+    """``into[...] = values``, half as fast again: each row of cells is one piece of memory."""
+    row = np.dtype((np.void, into.shape[-1] * into.itemsize))
+    into.view(row)[...] = values.view(row)
 
 
 def _number(checksum: bytes | bytearray) -> int:

@@ -186,54 +186,91 @@ class FCNHead(nn.Module):
 
     def _project_levels(self, batch: FeatureBatch) -> Tensor:
         """The first convolution of the dense map, from the levels: (B, W, M, N)."""
-        on_grid: Tensor | None = None
-        upsampled: Tensor | None = None
-        for level, columns in zip(self.levels, self._columns, strict=True):
-            features = self._standardise(batch.levels[level.name], columns)
-            weight = self.project.weight[:, columns]
-            if level.stride == GRID_STRIDE:
-                part = F.conv2d(features, weight, padding=1)
-                on_grid = part if on_grid is None else on_grid + part
-            else:
-                row_weights, column_weights = batch.rows[level.name], batch.columns[level.name]
-                part = _fold(features, weight, row_weights, column_weights)
-                upsampled = part if upsampled is None else upsampled + part
         assert self.project.bias is not None
         total = self.project.bias[:, None, None]
-        if on_grid is not None:
-            total = on_grid + total
-        if upsampled is not None:
-            total = upsampled.permute(0, 2, 1, 3) + total
-        return total
+        folded, rows = [], []
+        weights = self._level_weights()
+        for level, columns, weight in zip(self.levels, self._columns, weights, strict=True):
+            features = self._standardise(batch.levels[level.name], columns)
+            if level.stride == GRID_STRIDE:
+                total = F.conv2d(features, weight, padding=1) + total
+            else:
+                folded.append(_fold_columns(features, weight, batch.columns[level.name]))
+                rows.append(_shifts(batch.rows[level.name]))
+        if folded:
+            total = total + _unfold_rows(torch.cat(folded, dim=1), torch.cat(rows, dim=2))
+        # What follows is faster with channels last, but torch sums a batch's statistics less
+        # exactly so.
+        return total.contiguous(
+            memory_format=torch.contiguous_format if self.training else torch.channels_last
+        )
+
+    def _level_weights(self) -> list[Tensor]:
+        """Of the first convolution, (W, C_level, 3, 3) for each level."""
+        runs = [columns for columns in self._columns if isinstance(columns, slice)]
+        if len(runs) < len(self._columns):
+            return [self.project.weight[:, columns] for columns in self._columns]
+        # One split has one gradient; slices would each make one of the whole weight's size.
+        runs.sort(key=lambda run: run.start)
+        parts = self.project.weight.split([run.stop - run.start for run in runs], dim=1)
+        found = dict(zip((run.start for run in runs), parts, strict=True))
+        return [found[columns.start] for columns in self._columns if isinstance(columns, slice)]
 
 
-def _fold(features: Tensor, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Convolve the upsampled map without upsampling it first.
+def _fold_columns(features: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+    """Convolve the upsampled map without upsampling it first, but for the rows.
 
     With A_r (M, h) and A_c (N, w) the bilinear matrices and S_k the shift by one cell that pads
     with zeros, the 3x3 convolution of ``A_r x A_c^T`` with the kernel ``w[k, l]`` is
     ``sum_k S_k A_r (sum_l (w[k, l] x) (S_l A_c)^T)``: nine products with x at the level's own
-    resolution, then one matrix along the columns and one along the rows.
+    resolution, then one matrix along the columns (here) and one along the rows, which all levels
+    share (``_unfold_rows``).
 
     Args:
         features: (B, C, h, w).
         weight: (W, C, 3, 3).
-        rows: (1 or B, M, h) A_r.
         columns: (1 or B, N, w) A_c.
 
     Returns:
-        (B, M, W, N): rows before channels, the order in which the last product leaves them.
+        (B, 3 h, N, W).
     """
     batch, channels, height, width = features.shape
     outputs = weight.shape[0]
-    kernel = weight.permute(2, 3, 0, 1).reshape(9 * outputs, channels)
-    products = torch.matmul(kernel, features.flatten(2))
+    kernel = weight.permute(2, 3, 0, 1).reshape(1, 9 * outputs, channels)
+    products = _times(kernel, features.view(batch, 1, channels, height * width))
     products = products.view(batch, 3, 3, outputs, height, width)
-    products = products.permute(0, 1, 4, 3, 2, 5).reshape(batch, 3 * height * outputs, 3 * width)
-    products = torch.matmul(products, _shifts(columns).transpose(1, 2))
-    size_m, size_n = rows.shape[1], columns.shape[1]
-    products = products.view(batch, 3 * height, outputs * size_n)
-    return torch.matmul(_shifts(rows), products).view(batch, size_m, outputs, size_n)
+    products = products.permute(0, 1, 4, 2, 5, 3)
+    return _times(_shifts(columns), products.reshape(batch, 3 * height, 3 * width, outputs))
+
+
+def _unfold_rows(folded: Tensor, rows: Tensor) -> Tensor:
+    """The other half: (B, H, N, W) and (1 or B, M, H) to (B, W, M, N), channels last."""
+    batch, height, size_n, outputs = folded.shape
+    total = _times(rows, folded.view(batch, 1, height, size_n * outputs))
+    return total.view(batch, -1, size_n, outputs).permute(0, 3, 1, 2)
+
+
+def _times(matrix: Tensor, values: Tensor) -> Tensor:
+    """The matrix product ``matrix @ values``.
+
+    In float32 on a CPU as a convolution of one pixel: torch multiplies float32 matrices with MKL,
+    which is half as fast as its convolutions (oneDNN) on processors that are not Intel's.
+
+    Args:
+        matrix: (1 or B, M, K).
+        values: (B, G, K, X), contiguous.
+
+    Returns:
+        (B, G, M, X), contiguous.
+    """
+    if values.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return torch.matmul(matrix[:, None], values)
+    kernels = matrix[:, :, :, None, None]
+    if len(kernels) == 1:
+        product = F.conv2d(values.flatten(0, 1)[..., None], kernels[0])
+        return product.reshape(*values.shape[:2], -1, values.shape[3])
+    parts = [F.conv2d(one[..., None], kernel) for one, kernel in zip(values, kernels, strict=True)]
+    return torch.stack(parts)[..., 0]
 
 
 def _shifts(matrix: Tensor) -> Tensor:

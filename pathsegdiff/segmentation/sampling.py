@@ -179,7 +179,7 @@ class RegionReader:
         levels, rows, columns = {}, {}, {}
         for level in self.levels:
             parts = [self._read_level(level, request) for request in requests]
-            levels[level.name] = torch.from_numpy(np.stack([features for features, _, _ in parts]))
+            levels[level.name] = torch.from_numpy(_stack([features for features, _, _ in parts]))
             if level.stride != GRID_STRIDE:
                 rows[level.name] = _stack_weights([weights for _, weights, _ in parts])
                 columns[level.name] = _stack_weights([weights for _, _, weights in parts])
@@ -311,6 +311,13 @@ def prefetch(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """(B, ...) of B arrays; a single one is not copied, unless it runs backwards."""
+    if len(arrays) == 1 and arrays[0].flags.c_contiguous:
+        return arrays[0][None]
+    return np.stack(arrays)
 
 
 def _stack_weights(weights: Sequence[np.ndarray]) -> torch.Tensor:

@@ -313,7 +313,7 @@ class _Training(TrainingLoop[FeatureBatch]):
         super().__init__(
             out,
             self.head,
-            torch.optim.Adam(self.head.parameters(), lr=settings.learning_rate),
+            adam(self.head, settings.learning_rate),
             device=device,
             precision=settings.precision,
             epoch_steps=steps_per_epoch(len(parts.train), settings.batch_size),
@@ -397,6 +397,11 @@ class _Training(TrainingLoop[FeatureBatch]):
         if self.settings.normalize == "none":
             return f"--normalize channel, or {remedy}"
         return remedy
+
+
+def adam(head: FCNHead, learning_rate: float) -> torch.optim.Adam:
+    """The paper's optimizer; one pass over the weights instead of six."""
+    return torch.optim.Adam(head.parameters(), lr=learning_rate, fused=True)
 
 
 def standardise(head: FCNHead, store: FeatureStore, samples: Sequence[StoredSample]) -> None:

@@ -17,7 +17,7 @@ from pathsegdiff.pipeline.bench.plain import load_batch
 from pathsegdiff.segmentation.head import FCNHead, FeatureBatch
 from pathsegdiff.segmentation.losses import weighted_cross_entropy
 from pathsegdiff.segmentation.sampling import CropRequest, RegionReader, head_levels, prefetch
-from pathsegdiff.segmentation.train import standardise
+from pathsegdiff.segmentation.train import adam, standardise
 
 _LEARNING_RATE = 1e-4
 #: Of a run with reading: so many that reading ahead has something to hide behind.
@@ -70,7 +70,8 @@ class _Training:
             torch.manual_seed(0)
             self.head = FCNHead(levels, self.num_classes, width).to(device).train()
         standardise(self.head, store, self.samples)
-        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=_LEARNING_RATE)
+        self.adam = adam(self.head, _LEARNING_RATE)
+        self.plain_adam = torch.optim.Adam(self.head.parameters(), lr=_LEARNING_RATE)
         self.weights = torch.ones(self.num_classes, device=device)
 
     def read_ours(self) -> FeatureBatch:
@@ -91,9 +92,10 @@ class _Training:
     def step(self, batch: FeatureBatch | Tensor, labels: Tensor) -> None:
         """One step of the training."""
         loss = weighted_cross_entropy(self.logits(batch), labels, self.weights)
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer = self.plain_adam if isinstance(batch, Tensor) else self.adam
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
+        optimizer.step()
 
     def read_and_step_ours(self, labels: Tensor) -> None:
         """Some steps, each batch read from the store while the one before is trained on."""
