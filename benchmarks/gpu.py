@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --device cpu --preset micro --batches 2 --samples 2 --region 512
 
 Without a bundle: random weights in the shapes of ``--preset`` (paper), which are as fast as trained
-ones. Measured are a large matrix product and a copy (the ceilings), bare forwards and whole
-extractions for each batch size (images read, noise, networks, stitching, store with checksums; the
-share of the bare forwards is how busy the GPU is kept), and the head's step, plain and folded.
+ones. Measured are a large matrix product or convolution and a copy (the ceilings), bare forwards
+and whole extractions for each batch size (images read, noise, networks, stitching, store with
+checksums; the share of the bare forwards is how busy the GPU is kept), and the head's step, plain
+and folded.
 The file is written after each part, and no part begins that would probably not end in time.
 """
 
@@ -20,19 +21,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from pathsegdiff.data.init import init_manifest
-from pathsegdiff.data.manifest import Dataset, open_dataset
+from pathsegdiff.data.manifest import Dataset
 from pathsegdiff.device import device_name, resolve_device, resolve_precision
 from pathsegdiff.diffusion.bundle import Bundle, init_bundle, load_bundle
 from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.stage_one import StageOne
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.pipeline.bench import extraction, head
-from pathsegdiff.pipeline.bench.measure import copy_rate, largest_resident_bytes, matmul_rate
+from pathsegdiff.pipeline.bench.measure import compute_rate, copy_rate, largest_resident_bytes
+from pathsegdiff.pipeline.bench.regions import tiled_dataset
 from pathsegdiff.provenance import versions
 
 
@@ -91,7 +90,7 @@ def measurements(
     yield (
         "ceilings",
         lambda: {
-            "multiply_adds_per_second": matmul_rate(device, precision),
+            "multiply_adds_per_second": compute_rate(device, precision),
             "copy_bytes_per_second": copy_rate(device),
         },
     )
@@ -151,34 +150,6 @@ def measure_head(
         runs=runs,
     )
     return asdict(speed)
-
-
-def tiled_dataset(folder: Path, samples: int, region_px: int) -> Dataset:
-    """Regions as large as one likes: the demo's images side by side."""
-    (folder / "data").mkdir(parents=True)
-    demo = open_dataset("demo")
-    regions = [demo.read(sample) for sample in demo.samples]
-    side = region_px // demo.rule.region_px
-    if side < 1 or region_px % demo.rule.region_px:
-        raise ConfigError(f"--region must be a multiple of {demo.rule.region_px}, got {region_px}")
-    for number in range(samples):
-        chosen = [regions[(number * side * side + k) % len(regions)] for k in range(side * side)]
-        for suffix, parts in (
-            ("", [region.image for region in chosen]),
-            ("_mask", [region.label for region in chosen]),
-        ):
-            rows = [np.concatenate(parts[i * side : (i + 1) * side], axis=1) for i in range(side)]
-            tile = Image.fromarray(np.concatenate(rows))
-            tile.save(folder / "data" / f"t{number}{suffix}.png", compress_level=1)
-    init_manifest(
-        folder / "data",
-        folder / "data",
-        folder / "tiles.toml",
-        mask_suffix="_mask",
-        kind="resize",
-        region_px=region_px,
-    )
-    return open_dataset(str(folder / "tiles.toml"))
 
 
 def write(file: Path | None, found: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ from cli.options import PATH, device_option
 @click.command()
 @click.option("--model", default="tiny", show_default=True, help="A bundle's name or folder.")
 @click.option(
-    "--samples", type=int, default=8, show_default=True, help="Regions of 512 px, 4 patches each."
+    "--samples", type=int, default=8, show_default=True, help="Regions, of the embedded images."
 )
+@click.option("--region", type=int, default=512, show_default=True, help="Side of a region, px.")
 @click.option("--runs", type=int, default=5, show_default=True, help="Of each side, in turns.")
 @click.option("--batch-size", type=int, default=4, show_default=True, help="Patches per forward.")
 @click.option(
@@ -31,6 +32,7 @@ from cli.options import PATH, device_option
 def bench(
     model: str,
     samples: int,
+    region: int,
     runs: int,
     batch_size: int,
     head_batch: int,
@@ -47,7 +49,7 @@ def bench(
     \b
     Example:
       psd bench
-      psd bench --model models/ssl-ldm-brca --samples 2 --runs 3 --json bench.json
+      psd bench --model models/ssl-ldm-brca --region 768 --samples 2 --runs 3
     """
     from pathsegdiff.device import resolve_device
     from pathsegdiff.files import replace_file
@@ -56,6 +58,7 @@ def bench(
     settings = BenchSettings(
         model=model,
         samples=samples,
+        region_px=region,
         runs=runs,
         batch_size=batch_size,
         head_batch=head_batch,

@@ -4,23 +4,20 @@ import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pathsegdiff.data.manifest import open_dataset
 from pathsegdiff.device import device_name
 from pathsegdiff.diffusion.bundle import load_bundle
 from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.pipeline.bench import extraction, head, reading
-from pathsegdiff.pipeline.bench.measure import copy_rate, matmul_rate
+from pathsegdiff.pipeline.bench.measure import compute_rate, copy_rate
+from pathsegdiff.pipeline.bench.regions import check_region_px, tiled_dataset
 from pathsegdiff.provenance import versions
-
-DATASET = "demo"
-#: Of that data set: regions, and patches of a region (512 px in patches of 256).
-MAX_SAMPLES, PATCHES_PER_REGION = 48, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +26,8 @@ class BenchSettings:
 
     Attributes:
         model: Name or folder of a bundle.
-        samples: Regions of 512 px, four patches each, of the embedded images.
+        samples: Regions, of the embedded images.
+        region_px: Side of a region.
         batch_size: Patches per forward of ours.
         head_batch: Regions per training step.
         runs: Of each side, taking turns.
@@ -40,6 +38,7 @@ class BenchSettings:
 
     model: str = "tiny"
     samples: int = 8
+    region_px: int = 512
     batch_size: int = 4
     head_batch: int = 1
     runs: int = 5
@@ -60,13 +59,7 @@ class BenchSettings:
             raise ConfigError(
                 f"--head-batch {self.head_batch} needs as many samples, got {self.samples}"
             )
-        if self.samples > MAX_SAMPLES:
-            raise ConfigError(f"--samples: there are {MAX_SAMPLES}, got {self.samples}")
-        if self.batch_size > PATCHES_PER_REGION:
-            # A batch never mixes regions: a larger one would be measured under a wrong name.
-            raise ConfigError(
-                f"--batch-size: a region has {PATCHES_PER_REGION} patches, got {self.batch_size}"
-            )
+        check_region_px(self.region_px)
 
 
 def run_bench(
@@ -77,9 +70,14 @@ def run_bench(
     Args:
         log: Called with a line before each part.
     """
-    dataset = open_dataset(DATASET)
-    dataset.samples = dataset.samples[: settings.samples]
     bundle = load_bundle(settings.model)
+    patches = (settings.region_px // bundle.card.patch_px) ** 2
+    if settings.batch_size > patches:
+        # A batch never mixes regions: a larger one would be measured under a wrong name.
+        raise ConfigError(
+            f"--batch-size: a region has {patches} patches, got {settings.batch_size}; "
+            "use a larger --region"
+        )
     device = settings.device
     precisions = list(dict.fromkeys(("float32", settings.precision)))
     found: dict[str, Any] = {
@@ -91,17 +89,26 @@ def run_bench(
     }
     with tempfile.TemporaryDirectory(prefix="psd-bench-") as temporary:
         folder = Path(temporary)
+        dataset = tiled_dataset(folder / "tiles", settings.samples, settings.region_px)
         for precision in precisions:
             log(f"extraction, {precision}")
             stage_one = extraction.stage_one_of(bundle, device, precision, settings.batch_size)
             found.setdefault("extraction", {})[precision] = asdict(
                 extraction.measure_extraction(dataset, bundle, stage_one, folder, settings.runs)
             )
+            store = FeatureStore.open(folder / "store.zarr")
+            found.setdefault("tap_differences", {})[precision] = extraction.tap_differences(
+                store, folder / "plain"
+            )
             if precision == "float32":
-                store = FeatureStore.open(folder / "store.zarr")
                 found["bytes_per_patch"] = asdict(extraction.measure_bytes(store, folder / "plain"))
-                found["largest_difference"] = extraction.largest_difference(store, folder / "plain")
                 found["multiply_adds_per_patch"] = extraction.count_multiply_adds(stage_one.model)
+        log("further timesteps")
+        found["three_timesteps"] = asdict(
+            extraction.measure_further_timesteps(
+                dataset, bundle, stage_one, folder, max(1, settings.runs // 2)
+            )
+        )
         store = FeatureStore.open(folder / "store.zarr")
         width = int(store.model["head_width"])
         for precision in precisions:
@@ -121,7 +128,7 @@ def run_bench(
         found["reading"] = asdict(reading.measure_reading(store, folder / "mapped", settings.runs))
         log("what the hardware gives")
         found["ceilings"] = {
-            "multiply_adds_per_second": {p: matmul_rate(device, p) for p in precisions},
+            "multiply_adds_per_second": {p: compute_rate(device, p) for p in precisions},
             "copy_bytes_per_second": copy_rate(device),
         }
         if settings.memory:
@@ -134,12 +141,17 @@ def _peaks(settings: BenchSettings, folder: Path, width: int) -> dict[str, int]:
     device, store = str(settings.device), str(folder / "store.zarr")
     plain = folder / "plain"
     step = (device, "float32", settings.head_batch, width)
-    few = min(settings.samples, 2)
+    extracted = partial(
+        extraction.peak_of_extraction,
+        str(folder / "tiles" / "tiles.toml"),
+        settings.model,
+        device,
+        settings.batch_size,
+        folder,
+    )
     return {
-        "extraction, ours": extraction.peak_of_ours(
-            DATASET, few, settings.model, device, settings.batch_size, "float32", folder
-        ),
-        "extraction, plain": extraction.peak_of_plain(DATASET, few, settings.model, device, folder),
+        "extraction, ours": extracted(plain=False),
+        "extraction, plain": extracted(plain=True),
         "training step, ours": head.peak_of_step(store, plain, *step, True),
         "training step, plain": head.peak_of_step(store, plain, *step, False),
     }
@@ -166,6 +178,16 @@ def table(found: dict[str, Any]) -> str:
                 f"{speed['of_bare']['low']:.2f} to {speed['of_bare']['high']:.2f}",
             ]
         )
+    three = found["three_timesteps"]
+    lines.append(
+        [
+            f"three timesteps, seconds over those of one, {list(found['extraction'])[-1]}",
+            "3",
+            f"{three['median']:.2f}",
+            f"{3 / three['median']:.2f}",
+            f"{3 / three['high']:.2f} to {3 / three['low']:.2f}",
+        ]
+    )
     size = found["bytes_per_patch"]
     lines.append(
         [
@@ -196,6 +218,10 @@ def table(found: dict[str, Any]) -> str:
             *_ratio(speed["of_memmap"]),
         ]
     )
+    lines.append(
+        ["reading the finest tap alone, share of the time", "", f"{speed['one_tap_share']:.3f}"]
+        + [""] * 2
+    )
     peaks = found.get("peak_bytes", {})
     for what in ("extraction", "training step"):
         if peaks:
@@ -216,7 +242,8 @@ def facts(found: dict[str, Any]) -> list[str]:
     """What a reader of the table has to know, a line each."""
     model, settings = found["model"], found["settings"]
     lines = [
-        f"{model['name']}, {model['channels']} channels; {found['device']}, {found['processor']}; "
+        f"{model['name']}, {model['channels']} channels; {settings['samples']} regions of "
+        f"{settings['region_px']} px; {found['device']}, {found['processor']}; "
         f"medians of {settings['runs']} runs, the sides taking turns"
     ]
     needed = found["multiply_adds_per_patch"]
@@ -224,13 +251,18 @@ def facts(found: dict[str, Any]) -> list[str]:
         seconds = found["extraction"][precision]["bare"]["median"]
         lines.append(
             f"{precision}: a patch is {needed / 1e9:.3g} billion multiply-adds, a large matrix "
-            f"product runs {rate / 1e9:.4g} billion a second; so {needed / rate:.3g} s at best, "
-            f"the bare forwards take {seconds:.3g} s"
+            f"product or convolution runs {rate / 1e9:.4g} billion a second; so "
+            f"{needed / rate:.3g} s at best, the bare forwards take {seconds:.3g} s"
+        )
+    for precision, errors in found["tap_differences"].items():
+        worst = max(errors, key=errors.__getitem__)
+        lines.append(
+            f"{precision}: features differ from the plain ones by {min(errors.values()):.1e} to "
+            f"{errors[worst]:.1e} ({worst}; norms, stored as float16)"
         )
     first = found["head"]["float32"]
     lines.append(
-        f"features differ from the plain ones by {found['largest_difference']:.1e} (norms, "
-        f"float16); the head's outputs by {first['output_difference']:.1e}, its first gradient by "
+        f"the head's outputs differ by {first['output_difference']:.1e}, its first gradient by "
         f"{first['gradient_difference']:.1e} (of the largest value, float32)"
     )
     return lines

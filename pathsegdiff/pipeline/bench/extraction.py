@@ -21,6 +21,7 @@ from pathsegdiff.pipeline.bench.measure import Spread, in_turns, peak_bytes, rat
 from pathsegdiff.pipeline.bench.plain import PlainExtractor
 
 VIEW = View(timestep=50, conditioning="encoder")
+FURTHER_TIMESTEPS = (25, 50, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,41 @@ def measure_extraction(
     )
 
 
+def measure_further_timesteps(
+    dataset: Dataset, bundle: Bundle, stage_one: StageOne, folder: Path, runs: int
+) -> Spread:
+    """Seconds of an extraction at three timesteps over those at one: encoder and latent are shared.
+
+    Args:
+        stage_one: Gives model, precision and batch size.
+        folder: Leaves ``store.zarr``, of one timestep.
+    """
+    views = [View(timestep=t, conditioning=VIEW.conditioning) for t in FURTHER_TIMESTEPS]
+    three = StageOne(
+        stage_one.model,
+        views=views,
+        taps=stage_one.taps,
+        precision=stage_one.precision,
+        device=stage_one.device,
+        batch_size=stage_one.batch_size,
+    )
+    paths = {view: folder / f"t{view.timestep}.zarr" for view in views}
+
+    def extract_three() -> None:
+        for path in paths.values():
+            shutil.rmtree(path, ignore_errors=True)
+        extract_dataset(dataset, bundle, three, paths)
+
+    sides = {
+        "one": lambda: extract_ours(dataset, bundle, stage_one, folder / "store.zarr"),
+        "three": extract_three,
+    }
+    seconds = in_turns(sides, runs, stage_one.device)
+    for path in paths.values():
+        shutil.rmtree(path)
+    return ratio(seconds["three"], seconds["one"])
+
+
 def extract_ours(dataset: Dataset, bundle: Bundle, stage_one: StageOne, path: Path) -> None:
     """A whole extraction into a store that is not there."""
     shutil.rmtree(path, ignore_errors=True)
@@ -174,17 +210,33 @@ def measure_bytes(store: FeatureStore, plain: Path) -> StoredBytes:
     return StoredBytes(plain=files / patches, features=features / patches, other=other / patches)
 
 
-def largest_difference(store: FeatureStore, plain: Path) -> float:
-    """Largest ``|ours - plain| / |plain|`` (norms) over the samples of a store.
+def tap_differences(store: FeatureStore, plain: Path) -> dict[str, float]:
+    """For each tap the largest ``|ours - plain| / |plain|`` (norms) over the samples of a store.
 
     Both are float16 as they are read; ours is interpolated after that, theirs before.
     """
-    errors = []
+    taps = _dense_slices(store)
+    largest = dict.fromkeys(taps, 0.0)
     for sample in store.samples():
-        theirs = np.load(plain_file(plain, sample.sample_id)).astype(np.float32)
+        theirs = np.load(plain_file(plain, sample.sample_id), mmap_mode="r")
         ours = store.dense(sample)
-        errors.append(float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)))
-    return max(errors)
+        for tap, channels in taps.items():
+            expected = theirs[channels].astype(np.float32)
+            error = np.linalg.norm(ours[channels] - expected) / np.linalg.norm(expected)
+            largest[tap] = max(largest[tap], float(error))
+    return largest
+
+
+def _dense_slices(store: FeatureStore) -> dict[str, slice]:
+    """Channels of each tap in the dense map."""
+    counts = {
+        tap.name: tap.stop - tap.start for level in store.levels.values() for tap in level.taps
+    }
+    slices, start = {}, 0
+    for tap in store.tap_names:
+        slices[tap] = slice(start, start + counts[tap])
+        start += counts[tap]
+    return slices
 
 
 def count_multiply_adds(model: DiffusionModel) -> float:
@@ -199,37 +251,27 @@ def count_multiply_adds(model: DiffusionModel) -> float:
     return counter.get_total_flops() / 2
 
 
-def peak_of_ours(dataset: str, samples: int, model: str, device: str, batch_size: int,
-                 precision: str, folder: Path) -> int:  # fmt: skip
-    """Peak memory of an extraction in a process of its own."""
-    return peak_bytes(
-        _extract_alone, dataset, samples, model, device, batch_size, precision, str(folder), False
-    )
+def peak_of_extraction(
+    dataset: str, model: str, device: str, batch_size: int, folder: Path, *, plain: bool
+) -> int:
+    """Peak memory of an extraction in float32, in a process of its own.
 
-
-def peak_of_plain(dataset: str, samples: int, model: str, device: str, folder: Path) -> int:
-    """Peak memory of the plain way in a process of its own."""
-    return peak_bytes(
-        _extract_alone, dataset, samples, model, device, 1, "float32", str(folder), True
-    )
+    Args:
+        dataset: Name, or path of a manifest.
+        model: A bundle's name or folder.
+        plain: The plain way.
+    """
+    return peak_bytes(_extract_alone, dataset, model, device, batch_size, str(folder), plain)
 
 
 def _extract_alone(
-    dataset: str,
-    samples: int,
-    model: str,
-    device: str,
-    batch_size: int,
-    precision: str,
-    folder: str,
-    plain: bool,
+    dataset: str, model: str, device: str, batch_size: int, folder: str, plain: bool
 ) -> None:
     from pathsegdiff.data.manifest import open_dataset
 
     opened = open_dataset(dataset)
-    opened.samples = opened.samples[:samples]
     bundle = load_bundle(model)
-    stage_one = stage_one_of(bundle, torch.device(device), precision, batch_size)
+    stage_one = stage_one_of(bundle, torch.device(device), "float32", batch_size)
     if plain:
         extract_plain(opened, stage_one, Path(folder) / "alone")
     else:

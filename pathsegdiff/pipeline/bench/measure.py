@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from pathsegdiff.device import autocast, keep_freed_memory
 
 #: Side of the square matrices and bytes of the copy that show what the hardware gives.
 _MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
+#: Batch, channels and side of the convolution that does so too.
+_CONVOLVED = {"cpu": (1, 256, 128), "cuda": (32, 512, 128)}
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 _CEILING_RUNS = 5
 
@@ -100,17 +103,30 @@ def largest_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def matmul_rate(device: torch.device, precision: str) -> float:
-    """Multiply-adds per second of a large matrix product, the ceiling of every network."""
-    side = _MATMUL_SIDE[device.type]
+def compute_rate(device: torch.device, precision: str) -> float:
+    """Multiply-adds per second of a large matrix product or convolution, the ceiling of networks.
+
+    The better of the two: they come from different libraries, of which either may be the slower.
+    """
+    side, convolved = _MATMUL_SIDE[device.type], _CONVOLVED[device.type]
     left, right = (torch.randn(side, side, device=device) for _ in range(2))
+    batch, channels, pixels = convolved
+    images = torch.randn(batch, channels, pixels, pixels, device=device)
+    kernels = torch.randn(channels, channels, 3, 3, device=device)
 
     def product() -> None:
         with torch.inference_mode(), autocast(device, precision):
             torch.mm(left, right)
 
-    seconds = in_turns({"product": product}, _CEILING_RUNS, device)["product"]
-    return side**3 / min(seconds)
+    def convolution() -> None:
+        with torch.inference_mode(), autocast(device, precision):
+            F.conv2d(images, kernels, padding=1)
+
+    seconds = in_turns({"product": product, "convolution": convolution}, _CEILING_RUNS, device)
+    return max(
+        side**3 / min(seconds["product"]),
+        9 * batch * (channels * pixels) ** 2 / min(seconds["convolution"]),
+    )
 
 
 def copy_rate(device: torch.device) -> float:
