@@ -1,0 +1,179 @@
+"""Whether a store that grows stays as fast: 100, 1,000 and 10,000 patches side by side.
+
+    python benchmarks/growth.py [--samples 100,1000,10000] [--runs 1] [--json FILE]
+
+A model so small (preset micro) that what is not the network is most of the time; regions of one
+patch, so that every patch brings a sample's files, marks and bookkeeping. Each step runs in a
+process of its own: extraction from an empty store, opening the store and listing its samples,
+verifying every byte, one epoch of a head. Printed are seconds and bytes per patch, the largest
+memory and the open files at the end of each.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pathsegdiff.data.init import init_manifest
+from pathsegdiff.data.manifest import open_dataset
+from pathsegdiff.device import keep_freed_memory
+from pathsegdiff.diffusion.bundle import init_bundle, load_bundle
+from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.features.verify import verify_store
+from pathsegdiff.pipeline.bench.extraction import extract_ours, stage_one_of
+from pathsegdiff.pipeline.bench.measure import largest_resident_bytes
+from pathsegdiff.pipeline.bench.regions import tiled_dataset
+from pathsegdiff.segmentation.train import TrainSettings, train_head
+
+REGION_PX, BATCH_SIZE, TILES = 256, 1, 48
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    """Measure every size, run by run, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", default="100,1000,10000")
+    parser.add_argument("--runs", type=int, default=1, help="of every size; the fastest counts")
+    parser.add_argument("--scratch", type=Path, help="folder for images and stores")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    sizes = [int(size) for size in options.samples.split(",")]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="psd-growth-", dir=options.scratch) as scratch:
+        folder = Path(scratch)
+        init_bundle("micro", seed=0, out=folder / "micro")
+        tiled_dataset(folder / "tiles", TILES, REGION_PX)
+        for size in sizes:
+            link_images(folder / "tiles" / "data", folder / str(size), size)
+        for run in range(options.runs):
+            for size in sizes:
+                rows.append({"run": run, "samples": size, **measure(folder, size)})
+                print(json.dumps(rows[-1]), flush=True)
+                if options.json is not None:
+                    options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print(table(rows, sizes))
+
+
+def link_images(source: Path, folder: Path, samples: int) -> None:
+    """A data set of as many samples, the same few images over and over under other names."""
+    data = folder / "data"
+    data.mkdir(parents=True)
+    for number in range(samples):
+        for suffix in ("", "_mask"):
+            os.link(
+                source / f"t{number % TILES:05d}{suffix}.png", data / f"s{number:06d}{suffix}.png"
+            )
+    init_manifest(
+        data, data, folder / "images.toml", mask_suffix="_mask", kind="resize", region_px=REGION_PX
+    )
+
+
+def measure(folder: Path, size: int) -> dict[str, Any]:
+    """Every step at one size, and the bytes of the store."""
+    place = str(folder / str(size))
+    found: dict[str, Any] = {
+        name: in_process(step, place)
+        for name, step in (
+            ("extract", extract),
+            ("open", open_store),
+            ("verify", verify),
+            ("train", train),
+        )
+    }
+    store = Path(place) / "store.zarr"
+    found["bytes"] = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+    shutil.rmtree(store)
+    shutil.rmtree(Path(place) / "run")
+    return found
+
+
+def in_process(step: Callable[[str], float], place: str) -> dict[str, float]:
+    """Seconds, largest memory and open files of a step in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(watched, step, place).result()
+
+
+def watched(step: Callable[[str], float], place: str) -> dict[str, float]:
+    """Call a step and look at this process."""
+    keep_freed_memory()
+    seconds = step(place)
+    handles = Path("/proc/self/fd")
+    return {
+        "seconds": seconds,
+        "peak_bytes": largest_resident_bytes(),
+        "open_files": len(list(handles.iterdir())) if handles.exists() else 0,
+    }
+
+
+def extract(place: str) -> float:
+    """Stage 1 from an empty store."""
+    dataset = open_dataset(f"{place}/images.toml")
+    bundle = load_bundle(str(Path(place).parent / "micro"))
+    stage_one = stage_one_of(bundle, CPU, "float32", BATCH_SIZE)
+    begin = time.perf_counter()
+    extract_ours(dataset, bundle, stage_one, Path(place) / "store.zarr")
+    return time.perf_counter() - begin
+
+
+def open_store(place: str) -> float:
+    """Open it and list the complete samples."""
+    begin = time.perf_counter()
+    FeatureStore.open(f"{place}/store.zarr").samples()
+    return time.perf_counter() - begin
+
+
+def verify(place: str) -> float:
+    """Every byte against its checksum."""
+    store = FeatureStore.open(f"{place}/store.zarr")
+    begin = time.perf_counter()
+    findings = verify_store(store)
+    assert not findings, findings[:3]
+    return time.perf_counter() - begin
+
+
+def train(place: str) -> float:
+    """One epoch of a head on all samples of the training split."""
+    store = FeatureStore.open(f"{place}/store.zarr")
+    settings = TrainSettings(
+        split="train",
+        val="0",
+        epochs=1,
+        batch_size=4,
+        taps=store.tap_names,
+        head_width=16,
+        keep="last",
+    )
+    begin = time.perf_counter()
+    train_head(store, Path(place) / "run", settings)
+    return time.perf_counter() - begin
+
+
+def table(rows: list[dict[str, Any]], sizes: list[int]) -> str:
+    """Markdown: a line per size, the fastest of its runs."""
+    steps = ("extract", "verify", "train")
+    header = ["patches", *(f"{step}, ms per patch" for step in steps), "open, ms", "kB per patch"]
+    header += [f"{step}, peak MB" for step in steps] + ["open files"]
+    lines = [header, ["---"] * len(header)]
+    for size in sizes:
+        runs = [row for row in rows if row["samples"] == size]
+        fastest = {step: min(row[step]["seconds"] for row in runs) for step in (*steps, "open")}
+        line = [f"{size:,}", *(f"{fastest[step] / size * 1e3:.2f}" for step in steps)]
+        line += [f"{fastest['open'] * 1e3:.0f}", f"{runs[0]['bytes'] / size / 1e3:.1f}"]
+        line += [f"{max(row[step]['peak_bytes'] for row in runs) / 1e6:.0f}" for step in steps]
+        line.append(str(max(row[step]["open_files"] for row in runs for step in steps)))
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
