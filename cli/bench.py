@@ -29,6 +29,7 @@ from cli.options import PATH, device_option
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory too.")
 @device_option
 @click.option("--json", "file", type=PATH, help="Write every figure there.")
+@click.option("--plot", type=PATH, help="Draw the ratios there (PNG).")
 def bench(
     model: str,
     samples: int,
@@ -40,6 +41,7 @@ def bench(
     memory: bool,
     device: str,
     file: Path | None,
+    plot: Path | None,
 ) -> None:
     """Measure extraction, store and head training beside the plain way.
 
@@ -54,6 +56,7 @@ def bench(
     from pathsegdiff.device import resolve_device
     from pathsegdiff.files import replace_file
     from pathsegdiff.pipeline.bench.bench import BenchSettings, facts, run_bench, table
+    from pathsegdiff.pipeline.bench.plot import draw
 
     settings = BenchSettings(
         model=model,
@@ -74,3 +77,6 @@ def bench(
         text = json.dumps(found, indent=2) + "\n"
         replace_file(file, lambda beside: beside.write_text(text, encoding="utf-8"))
         click.echo(f"every figure: {file}")
+    if plot is not None:
+        replace_file(plot, lambda beside: draw(found, beside))
+        click.echo(f"ratios: {plot}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cli.main import run
 from pathsegdiff.data.manifest import open_dataset
@@ -81,7 +82,10 @@ def test_every_part_is_measured(micro, precision):
 def test_the_command_writes_every_figure(micro, tmp_path, capsys):
     file = tmp_path / "bench.json"
     options = ["--model", str(micro), "--samples", "1", "--runs", "1", "--precision", "float32"]
-    assert run(["bench", *options, "--json", str(file)]) == 0
+    plot = tmp_path / "bench.png"
+    assert run(["bench", *options, "--json", str(file), "--plot", str(plot)]) == 0
+    with Image.open(plot) as picture:
+        assert picture.size[0] > 500
     said = capsys.readouterr().out
     assert re.search(r"peak memory of the process, training step, GB \| \d\.\d\d \| \d\.\d\d", said)
     peaks = json.loads(file.read_text())["peak_bytes"]

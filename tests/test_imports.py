@@ -17,6 +17,7 @@ ORDER = (
     "config",
     "grid",
     "device",
+    "products",
     "provenance",
     "data",
     "diffusion",

@@ -45,6 +45,7 @@ from pathsegdiff.diffusion.taps import TapSpec, plan_taps
 from pathsegdiff.diffusion.unet import build_unet
 from pathsegdiff.errors import BundleError, ConfigError
 from pathsegdiff.files import file_sha256
+from pathsegdiff.products import convolve_linears
 
 logger = logging.getLogger(__name__)
 
@@ -291,6 +292,8 @@ class Bundle:
         if not self.card.trained:
             logger.warning("model %s: random weights, its features mean nothing", self.card.name)
         parts = {part: self._load_part(part, torch.device(device), dtype) for part in WEIGHT_FILES}
+        for module in parts.values():
+            convolve_linears(module)
         return DiffusionModel(
             **parts,  # type: ignore[arg-type]  # the four networks by name
             tap_specs=self.card.taps,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pathsegdiff.config import HEAD_INPUTS
+from pathsegdiff.products import times
 
 #: Image pixels per cell of the grid that the head reads; it multiplies by four again.
 GRID_STRIDE = 4
@@ -237,40 +238,17 @@ def _fold_columns(features: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     batch, channels, height, width = features.shape
     outputs = weight.shape[0]
     kernel = weight.permute(2, 3, 0, 1).reshape(1, 9 * outputs, channels)
-    products = _times(kernel, features.view(batch, 1, channels, height * width))
+    products = times(kernel, features.view(batch, 1, channels, height * width))
     products = products.view(batch, 3, 3, outputs, height, width)
     products = products.permute(0, 1, 4, 2, 5, 3)
-    return _times(_shifts(columns), products.reshape(batch, 3 * height, 3 * width, outputs))
+    return times(_shifts(columns), products.reshape(batch, 3 * height, 3 * width, outputs))
 
 
 def _unfold_rows(folded: Tensor, rows: Tensor) -> Tensor:
     """The other half: (B, H, N, W) and (1 or B, M, H) to (B, W, M, N), channels last."""
     batch, height, size_n, outputs = folded.shape
-    total = _times(rows, folded.view(batch, 1, height, size_n * outputs))
+    total = times(rows, folded.view(batch, 1, height, size_n * outputs))
     return total.view(batch, -1, size_n, outputs).permute(0, 3, 1, 2)
-
-
-def _times(matrix: Tensor, values: Tensor) -> Tensor:
-    """The matrix product ``matrix @ values``.
-
-    In float32 on a CPU as a convolution of one pixel: torch multiplies float32 matrices with MKL,
-    which is half as fast as its convolutions (oneDNN) on processors that are not Intel's.
-
-    Args:
-        matrix: (1 or B, M, K).
-        values: (B, G, K, X), contiguous.
-
-    Returns:
-        (B, G, M, X), contiguous.
-    """
-    if values.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return torch.matmul(matrix[:, None], values)
-    kernels = matrix[:, :, :, None, None]
-    if len(kernels) == 1:
-        product = F.conv2d(values.flatten(0, 1)[..., None], kernels[0])
-        return product.reshape(*values.shape[:2], -1, values.shape[3])
-    parts = [F.conv2d(one[..., None], kernel) for one, kernel in zip(values, kernels, strict=True)]
-    return torch.stack(parts)[..., 0]
 
 
 def _shifts(matrix: Tensor) -> Tensor:

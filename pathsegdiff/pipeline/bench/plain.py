@@ -6,7 +6,7 @@ one array file per image; training reads that file and runs the FCN in its plain
 compared at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pathsegdiff.diffusion.model import DiffusionModel
 from pathsegdiff.features.layout import GRID_STRIDE
+from pathsegdiff.products import convolve_linears, restore_linears
 
 
 class PlainExtractor:
@@ -29,6 +30,7 @@ class PlainExtractor:
 
     def __init__(self, model: DiffusionModel, timestep: int) -> None:
         self.model, self.timestep = model, timestep
+        self._each_module(restore_linears)
         self._outputs: dict[str, Tensor] = {}
         self._hooks = [
             model.unet.get_submodule(spec.module_path).register_forward_hook(self._hook(spec.name))
@@ -36,9 +38,10 @@ class PlainExtractor:
         ]
 
     def close(self) -> None:
-        """Take the hooks off the UNet."""
+        """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
+        self._each_module(convolve_linears)
 
     @torch.no_grad()
     def features(self, patch: np.ndarray, noise: np.ndarray) -> Tensor:
@@ -83,6 +86,11 @@ class PlainExtractor:
         ]
         rows = [np.concatenate(found[row * side : (row + 1) * side], axis=2) for row in range(side)]
         np.save(file, np.concatenate(rows, axis=1))
+
+    def _each_module(self, change: Callable[[nn.Module], None]) -> None:
+        model = self.model
+        for module in (model.encoder, model.conditioner, model.autoencoder, model.unet):
+            change(module)
 
     def _hook(self, name: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
