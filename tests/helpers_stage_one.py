@@ -21,7 +21,9 @@ def make_bundle(folder: Path, seed: int = 0) -> Bundle:
 def make_stage_one(bundle: Bundle, **settings: object) -> StageOne:
     """Stage 1 at t = 50 with every tap, unless told otherwise."""
     chosen: dict[str, object] = {"views": [T50], "taps": ALL_TAPS, "batch_size": 3}
-    return StageOne(bundle.load(device="cpu"), **{**chosen, **settings})  # type: ignore[arg-type]
+    settings = {**chosen, **settings}
+    model = bundle.load(device=settings.get("device", "cpu"))  # type: ignore[arg-type]
+    return StageOne(model, **settings)  # type: ignore[arg-type]
 
 
 def plain_dense(bundle: Bundle, image: np.ndarray, sample_id: str, seed: int = 0) -> np.ndarray:

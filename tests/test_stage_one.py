@@ -40,6 +40,25 @@ def test_the_same_call_gives_the_same_bits(bundle, image):
         assert first[name].tobytes() == second[name].tobytes()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_features_of_the_cpu_whatever_is_still_being_copied(bundle, image):
+    settings = {"dtype": "float32", "tokens": True}
+    here = run(make_stage_one(bundle, **settings), image)
+    device = torch.device("cuda")
+    stage_one = make_stage_one(bundle, device=device, **settings)
+    other = np.flip(image, 0).copy()
+    first, second, third = (run(stage_one, pixels) for pixels in (image, other, image))
+    for there in (third, first):
+        for name, values in here.levels[T50].items():
+            error = np.abs(there.levels[T50][name] - values).max() / np.abs(values).max()
+            assert error < 1e-2  # convolutions in TF32
+        np.testing.assert_allclose(there.embedding, here.embedding, atol=0.05)
+        assert there.tokens.shape == here.tokens.shape
+    assert first.levels[T50]["stride_4"].tobytes() == third.levels[T50]["stride_4"].tobytes()
+    assert not np.array_equal(first.levels[T50]["stride_4"], second.levels[T50]["stride_4"])
+
+
 def test_noise_depends_on_the_place_and_the_sample_and_not_on_the_batch(bundle, image):
     stage_one = make_stage_one(bundle)
     noise = stage_one.prepare(image, "a").noise

@@ -142,9 +142,9 @@ def plan_extraction(dataset: Dataset, bundle: Bundle, stage_one: StageOne) -> Ex
     batch = PreparedRegion(
         patches=prepared.patches[:count], noise=prepared.noise[:count], grid=(1, count)
     )
-    stage_one.run(batch)  # the first pass allocates and warms up
+    _ = stage_one.run(batch).levels  # the first pass allocates and warms up
     begin = time.perf_counter()
-    stage_one.run(batch)
+    _ = stage_one.run(batch).levels
     seconds = (time.perf_counter() - begin) / count
     levels = {level.name: level for level in stage_one.levels}
     if stage_one.tokens_level is not None:

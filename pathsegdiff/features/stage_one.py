@@ -4,8 +4,9 @@ Shapes: P = patches of a region in row-major order, B = patches in one batch, C 
 tap, m, n = rows and columns of a tap for one patch, M, N = of the stitched level.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -54,20 +55,61 @@ class PreparedRegion:
     grid: tuple[int, int]
 
 
-@dataclass(frozen=True, kw_only=True)
 class RegionFeatures:
     """What stage 1 makes of a region.
 
-    Attributes:
-        levels: For each view, level name -> (C, M, N) in the store's dtype, float32 where that is
-            int8.
+    On a GPU its arrays are still on their way when it is returned: the next region is computed
+    while they are copied. Asking for any of them waits.
+
+    Args:
+        maps: For each view, level name -> (C, M, N) in the store's dtype (float32 for int8).
         embedding: (P, D) float32, the encoder's raw vectors.
         tokens: (D, M, N) patch tokens likewise, or None where not asked for.
+        stream: That copies to the host, None on a CPU.
     """
 
-    levels: dict[View, dict[str, np.ndarray]]
-    embedding: np.ndarray
-    tokens: np.ndarray | None
+    def __init__(
+        self,
+        maps: Mapping[View, Mapping[str, Tensor]],
+        embedding: Tensor,
+        tokens: Tensor | None,
+        stream: "torch.cuda.Stream | None" = None,
+    ) -> None:
+        copied = partial(_to_host, stream=stream)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        self._levels = {
+            view: {name: copied(values) for name, values in arrays.items()}
+            for view, arrays in maps.items()
+        }
+        self._embedding = copied(embedding)
+        self._tokens = None if tokens is None else copied(tokens)
+        self._arrived = None if stream is None else stream.record_event()
+
+    @property
+    def levels(self) -> dict[View, dict[str, np.ndarray]]:
+        """For each view, level name -> (C, M, N)."""
+        self._wait()
+        return {
+            view: {name: values.numpy() for name, values in arrays.items()}
+            for view, arrays in self._levels.items()
+        }
+
+    @property
+    def embedding(self) -> np.ndarray:
+        """(P, D) float32."""
+        self._wait()
+        return self._embedding.numpy()
+
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """(D, M, N), or None."""
+        self._wait()
+        return None if self._tokens is None else self._tokens.numpy()
+
+    def _wait(self) -> None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
 
 
 class StageOne:
@@ -122,6 +164,8 @@ class StageOne:
             layout,
         )
         self.tokens_level = token_level(model) if tokens else None
+        on_gpu = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
 
     def prepare(self, image: np.ndarray, sample_id: str) -> PreparedRegion:
         """Cut a region and draw its noise.
@@ -141,9 +185,10 @@ class StageOne:
                 for column in range(columns)
             ]
         )
-        return PreparedRegion(
-            patches=torch.from_numpy(patches), noise=torch.from_numpy(noise), grid=(rows, columns)
-        )
+        tensors = torch.from_numpy(patches), torch.from_numpy(noise)
+        if self._stream is not None:  # only pinned memory is copied without waiting
+            tensors = tensors[0].pin_memory(), tensors[1].pin_memory()
+        return PreparedRegion(patches=tensors[0], noise=tensors[1], grid=(rows, columns))
 
     @torch.inference_mode()
     def run(self, region: PreparedRegion, views: Sequence[View] | None = None) -> RegionFeatures:
@@ -162,8 +207,8 @@ class StageOne:
         embeddings = []
         for start in range(0, rows * columns, self.batch_size):
             stop = min(start + self.batch_size, rows * columns)
-            images = region.patches[start:stop].to(self.device).float() / 255
-            noise = region.noise[start:stop].to(self.device)
+            images = region.patches[start:stop].to(self.device, non_blocking=True).float() / 255
+            noise = region.noise[start:stop].to(self.device, non_blocking=True)
             with autocast(self.device, self.precision):
                 if self.tokens_level is None:
                     embedding = self.model.embed(images)
@@ -173,17 +218,13 @@ class StageOne:
                         token_maps["tokens"], self.tokens_level, {"tokens": tokens}, start, columns
                     )
                 latent = self.model.latent(images).float()
-            embeddings.append(embedding.float().cpu())
+            embeddings.append(embedding.float())
             for view in views:
                 with autocast(self.device, self.precision):
                     taps = self._taps(latent, noise, embedding, view)
                 for level in self.levels:
                     self._place(maps[view][level.name], level, taps, start, columns)
-        return RegionFeatures(
-            levels={view: _as_numpy(arrays) for view, arrays in maps.items()},
-            embedding=torch.cat(embeddings).numpy(),
-            tokens=None if self.tokens_level is None else token_maps["tokens"].numpy(),
-        )
+        return RegionFeatures(maps, torch.cat(embeddings), token_maps.get("tokens"), self._stream)
 
     def _taps(
         self, latent: Tensor, noise: Tensor, embedding: Tensor, view: View
@@ -202,6 +243,7 @@ class StageOne:
                     grid[1] * level.cells_per_patch,
                 ),
                 dtype=self.dtype,
+                device=self.device,
             )
             for level in levels
         }
@@ -215,7 +257,7 @@ class StageOne:
             values = taps[tap.name]
             if self.layout == "dense" and level.stride == GRID_STRIDE:
                 values = to_grid(values, cells)
-            stored = values.to(self.dtype).cpu()
+            stored = values.to(self.dtype)
             for offset, patch in enumerate(stored):
                 row, column = divmod(start + offset, columns)
                 out[
@@ -245,8 +287,15 @@ def token_level(model: DiffusionModel) -> Level:
     return Level(name="tokens", stride=stride, cells_per_patch=model.token_grid, taps=slices)
 
 
-def _as_numpy(arrays: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in arrays.items()}
+def _to_host(values: Tensor, stream: "torch.cuda.Stream | None") -> Tensor:
+    """A tensor on the CPU; with a stream, one that is filled as soon as the stream gets to it."""
+    if stream is None:
+        return values.cpu()
+    with torch.cuda.stream(stream):
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        values.record_stream(stream)  # its memory is not used anew before that
+    return host
 
 
 def iterate_views(timesteps: Sequence[int], conditionings: Sequence[str]) -> Iterator[View]:
