@@ -6,7 +6,7 @@ from PIL import Image
 
 from pathsegdiff.data.manifest import open_dataset
 from pathsegdiff.errors import DataError, StoreError
-from pathsegdiff.features.extract import extract_dataset, plan_extraction
+from pathsegdiff.features.extract import WRITERS, extract_dataset, plan_extraction
 from pathsegdiff.features.stage_one import View, iterate_views
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.features.verify import verify_store
@@ -93,6 +93,16 @@ def test_running_again_does_nothing_and_a_forgotten_sample_is_made_bitwise_equal
     result = extract(manifest, bundle, path)
     assert (result.written, result.skipped) == (1, 2)
     assert files_of(path) == before
+
+
+def test_several_writers_leave_the_same_store(bundle, tmp_path, monkeypatch):
+    manifest = write_dataset(tmp_path / "data", train=6)
+    extract(manifest, bundle, tmp_path / "one.zarr")
+    monkeypatch.setitem(WRITERS, "cpu", 4)
+    store = extract(manifest, bundle, tmp_path / "four.zarr")
+    assert len(store.samples()) == 7
+    assert not verify_store(store)
+    assert files_of(tmp_path / "four.zarr") == files_of(tmp_path / "one.zarr")
 
 
 def test_splits_extracted_one_after_the_other_give_the_same_samples(bundle, manifest, tmp_path):

@@ -28,9 +28,11 @@ logger = logging.getLogger(__name__)
 
 #: Called with (patches done, patches to do) of this run.
 ProgressCallback = Callable[[int, int], None]
-#: Regions read ahead of the network, and finished ones that wait for the disk.
+#: Regions read ahead of the network.
 _READ_AHEAD = 2
-_WRITE_BEHIND = 2
+#: Threads that write finished regions, by the kind of device; no more wait than are written. A CPU
+#: needs seconds for a region, a GPU is faster than one thread.
+WRITERS = {"cpu": 1, "cuda": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,13 +234,14 @@ def _run(
     side = dataset.rule.region_px // dataset.rule.patch_px
     total = len(samples) * side * side
     done = 0
-    with ThreadPoolExecutor(1, "psd-write") as pool:
+    writers_at_work = WRITERS[stage_one.device.type]
+    with ThreadPoolExecutor(writers_at_work, "psd-write") as pool:
         writing: list[Future[None]] = []
         try:
             for sample, region, prepared in _read_ahead(dataset, stage_one, samples):
                 views = [view for view in writers if sample.sample_id in todo[view]]
                 features = stage_one.run(prepared, views)
-                while len(writing) >= _WRITE_BEHIND:
+                while len(writing) >= writers_at_work:
                     writing.pop(0).result()
                 stored = {view: todo[view][sample.sample_id] for view in views}
                 writing.append(pool.submit(_write, writers, stored, region, features))
