@@ -1,10 +1,10 @@
 """Whether a store that grows stays as fast: 100, 1,000 and 10,000 patches side by side.
 
-    python benchmarks/growth.py [--samples 100,1000,10000] [--runs 1] [--json FILE]
+    python benchmarks/growth.py [--samples 25,250,2500] [--runs 1] [--json FILE]
     python benchmarks/growth.py --preset paper --region 768 --precision bfloat16 --samples 2,20
 
-A model so small (preset micro) that what is not the network is most of the time; regions of one
-patch, so that every patch brings a sample's files, marks and bookkeeping. Each step runs in a
+A small model (preset micro) on regions of four patches, so that what grows with the number of
+samples (files, marks, bookkeeping) is a good part of the time. Each step runs in a
 process of its own: extraction from an empty store, opening the store and listing its samples,
 verifying every byte, one epoch of a head on whole regions. Printed are seconds and bytes per patch,
 the largest memory and the open files at the end of each.
@@ -68,9 +68,9 @@ class Place:
 def main() -> None:
     """Measure every size, run by run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", default="100,1000,10000")
+    parser.add_argument("--samples", default="25,250,2500")
     parser.add_argument("--preset", default="micro", help="shapes of the model; random weights")
-    parser.add_argument("--region", type=int, default=256, help="side of a region, px")
+    parser.add_argument("--region", type=int, default=512, help="side of a region, px")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--runs", type=int, default=1, help="of every size; the fastest counts")
     parser.add_argument("--scratch", type=Path, help="folder for images and stores")
