@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PSD := $(BIN)/psd
 CONSTRAINTS := tests/constraints.txt
 
-.PHONY: help setup demo test test-slow check format bench bench-gpu clean reproduce-table2 \
-  gpu-pretrain-dry-run
+.PHONY: help setup demo test test-slow check format bench bench-gpu clean reproduce-table1 reproduce-table2 \
+  reproduce-table4 gpu-pretrain-dry-run
 
 help:
 	@echo "make demo                  the whole pipeline on embedded images; leaves demo/report.html"
@@ -17,7 +17,9 @@ help:
 	@echo "make bench                 both stages beside the plain way, on this machine"
 	@echo "make bench-gpu             both stages on a GPU, beside what it gives (ten minutes)"
 	@echo "make gpu-pretrain-dry-run  pre-training in short turns, rehearsed on a CPU (a minute)"
-	@echo "make reproduce-table2      Table 2 of the paper (needs the paper's weights and BCSS)"
+	@echo "make reproduce-table1      Table 1 of the paper: parameters, counted"
+	@echo "make reproduce-table2      Table 2 (BCSS; MODEL=..., DATASET=..., BUDGET=full, OUT=...)"
+	@echo "make reproduce-table4      Table 4 (GlaS; the same)"
 	@echo "make clean                 remove .venv and caches; data, features, runs and models stay"
 
 $(VENV)/.user: pyproject.toml $(CONSTRAINTS)
@@ -61,8 +63,8 @@ bench-gpu: $(VENV)/.user
 gpu-pretrain-dry-run: $(VENV)/.user
 	$(BIN)/python benchmarks/gpu_pretrain_dry_run.py
 
-reproduce-table2: $(VENV)/.user
-	@$(PSD) reproduce table2
+reproduce-table1 reproduce-table2 reproduce-table4: $(VENV)/.user
+	@$(PSD) reproduce $(@:reproduce-%=%)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

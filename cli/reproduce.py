@@ -1,10 +1,13 @@
 """``psd reproduce``: the paper's tables."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cli.options import PATH, data_root_option, device_option
+from cli.options import PATH, data_root_option, precision_option
 
 
 @click.group()
@@ -13,35 +16,180 @@ def reproduce() -> None:
 
     \b
     Example:
-      psd reproduce table2 --model models/ssl-ldm-brca
+      psd reproduce table1
+      psd reproduce table4 --data-root ~/GlaS
+      psd reproduce table2 --model models/ssl-ldm-brca --data-root ~/bcss --budget full
     """
 
 
 @reproduce.command()
-@click.option(
-    "--model",
-    default="ssl-ldm-brca",
-    show_default=True,
-    envvar="MODEL",
-    help="The imported bundle's name or folder.",
-)
-@data_root_option
-@click.option("--out", type=PATH, default=Path("reproduction/table2"), show_default=True)
-@device_option
-def table2(model: str, data_root: Path | None, out: Path, device: str) -> None:
-    """Table 2: BCSS with the paper's weights.
+@click.option("--out", type=PATH, default=Path("reproduction/table1"), show_default=True)
+def table1(out: Path) -> None:
+    """Table 1: parameters of the networks, counted.
+
+    \b
+    Example:
+      psd reproduce table1
+    """
+    from pathsegdiff.files import replace_file
+    from pathsegdiff.pipeline.tables.parameters import parameters_table
+
+    text = parameters_table()
+    replace_file(out / "table.md", lambda beside: beside.write_text(text, encoding="utf-8"))
+    click.echo(text, nl=False)
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(",")) if value else ()
+    except ValueError:
+        raise click.BadParameter(f"must be whole numbers such as 0,1,2, got {value!r}") from None
+
+
+def _limits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int | None, ...]:
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part == "all" or re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts):
+        raise click.BadParameter(f"must be numbers, or all, such as 5,20,all, got {value!r}")
+    return tuple(None if part == "all" else int(part) for part in parts)
+
+
+def _options(table: str, dataset: str, model: str, rows: str) -> Callable[[Any], Any]:
+    """What the tables that are trained have in common."""
+    options = [
+        click.option(
+            "--dataset",
+            default=dataset,
+            show_default=True,
+            envvar="DATASET",
+            help="Another data set in its place.",
+        ),
+        data_root_option,
+        click.option(
+            "--eval-split", help="Scored [default: as the data set says, such as testB of GlaS]."
+        ),
+        click.option(
+            "--model",
+            default=model,
+            show_default=True,
+            envvar="MODEL",
+            help="A bundle's name or folder.",
+        ),
+        click.option(
+            "--random",
+            type=PATH,
+            default=Path("models/tiny-random"),
+            show_default=True,
+            help="Bundle of the model's shapes with random weights, for the row random.",
+        ),
+        click.option("--t", "timestep", type=int, default=50, show_default=True),
+        click.option(
+            "--rows",
+            default=rows,
+            show_default=True,
+            metavar="NAME[,...]",
+            help="Also both (taps and tokens), random and effnet-unet.",
+        ),
+        click.option(
+            "--seeds", default="0,1,2", show_default=True, callback=_numbers, metavar="N[,...]"
+        ),
+        click.option(
+            "--folds",
+            callback=_numbers,
+            metavar="K[,...]",
+            help="Hold these folds out and score them, instead of the official split.",
+        ),
+        click.option(
+            "--limit-images",
+            default="all",
+            show_default=True,
+            callback=_limits,
+            metavar="N[,...]",
+            help="Training images: a line for each number.",
+        ),
+        click.option(
+            "--budget",
+            type=click.Choice(["short", "full"]),
+            default="short",
+            show_default=True,
+            envvar="BUDGET",
+            help="Of each run: minutes on two cores, or as the paper.",
+        ),
+        precision_option,
+        click.option(
+            "--jobs", type=click.IntRange(1), help="Runs at a time [default: cores, on a GPU one]."
+        ),
+        click.option(
+            "--out",
+            type=PATH,
+            default=Path("reproduction") / table,
+            show_default=True,
+            envvar="OUT",
+        ),
+        click.option("--table-only", is_flag=True, help="Of what there is; run nothing."),
+    ]
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@reproduce.command()
+@_options("table2", "bcss", "ssl-ldm-brca", "tokens,res-unet,vgg16-fcn8,null,conditioned")
+def table2(**options: Any) -> None:
+    """Table 2: BCSS.
+
+    Extracts, trains and scores every row that is not there yet, and writes table.md, table.csv,
+    plot.png and report.html. Interrupted, it continues where it was.
 
     \b
     Example:
       psd reproduce table2 --model models/ssl-ldm-brca --data-root ~/bcss
+      psd reproduce table2 --dataset ebhi300 --data-root ~/EBHI --model tiny --seeds 0
     """
-    from pathsegdiff.errors import DataError
-    from pathsegdiff.pipeline.reproduce import missing_for_table2, reproduce_table2
+    _make("table2", **options)
 
-    missing = missing_for_table2(model, data_root)
+
+@reproduce.command()
+@_options("table4", "glas", "tiny", "tokens,res-unet,vgg16-fcn8,null,conditioned,effnet-unet")
+def table4(**options: Any) -> None:
+    """Table 4: GlaS.
+
+    Extracts, trains and scores every row that is not there yet, and writes table.md, table.csv,
+    plot.png and report.html. Interrupted, it continues where it was.
+
+    \b
+    Example:
+      psd reproduce table4 --data-root ~/GlaS
+      psd reproduce table4 --data-root ~/GlaS --rows conditioned,both --limit-images 5,20,all
+      psd reproduce table4 --data-root ~/GlaS --folds 0,1,2,3 --seeds 0 --out reproduction/folds
+    """
+    _make("table4", **options)
+
+
+def _make(
+    table: str, *, rows: str, limit_images: tuple[int | None, ...], jobs: int | None,
+    table_only: bool, **others: Any,
+) -> None:  # fmt: skip
+    from pathsegdiff.device import available_cores, resolve_device
+    from pathsegdiff.errors import DataError
+    from pathsegdiff.pipeline.tables.make import make_runs, missing_things
+    from pathsegdiff.pipeline.tables.rows import TableSettings
+    from pathsegdiff.pipeline.tables.write import write
+
+    settings = TableSettings(
+        table=table, rows=tuple(rows.split(",")), limits=limit_images, **others
+    )
+    missing = missing_things(settings)
     for line in missing:
         click.echo(f"missing: {line}", err=True)
     if missing:
-        raise DataError(f"table 2 needs {len(missing)} more things, listed above")
-    reproduce_table2(out, model=model, data_root=data_root, device=device, log=click.echo)
-    click.echo((out / "table.md").read_text())
+        raise DataError(f"{table} needs {len(missing)} more things, listed above")
+    if not table_only:
+        if jobs is None:
+            jobs = available_cores() if resolve_device("auto").type == "cpu" else 1
+        make_runs(settings, jobs=jobs, log=click.echo)
+    click.echo(write(settings), nl=False)
+    click.echo(f"table, plot and report: {settings.out}")

@@ -114,6 +114,87 @@ def test_the_imagenet_encoder_computes_timms_features_to_the_last_bit(generator)
         assert torch.equal(features, expected[number])
 
 
+def test_fcn_8s_begins_with_no_opinion_and_adds_the_scores_of_three_pools(generator):
+    network = build_network("vgg16-fcn8", 3, seed=0).eval()
+    images = torch.rand(1, 3, 64, 64, generator=generator)
+    paths = {
+        "score_32": (32, ("up_16", "up_8", "up_1")),
+        "score_16": (16, ("up_8", "up_1")),
+        "score_8": (8, ("up_1",)),
+    }
+    values = torch.tensor([1.0, 2.0, 4.0])
+    with torch.no_grad():
+        assert network(images).abs().max() == 0
+        for name, (stride, layers) in paths.items():
+            getattr(network, name).bias += values
+            expected = values[:, None, None].expand(1, 3, 64 // stride, 64 // stride)
+            for layer in layers:
+                expected = getattr(network, layer)(expected)
+            torch.testing.assert_close(network(images), expected)
+            getattr(network, name).bias.zero_()
+        # Bilinear, but at the border, where there is nothing beside.
+        x = torch.rand(1, 3, 8, 8, generator=generator)
+        smooth = F.interpolate(x, scale_factor=8, mode="bilinear")
+        torch.testing.assert_close(network.up_1(x)[:, :, 8:-8, 8:-8], smooth[:, :, 8:-8, 8:-8])
+
+
+def test_an_encoder_begins_with_the_weights_of_a_file(dataset, tmp_path):
+    from safetensors.torch import save_file
+
+    for name, classifier in (("res-unet", "fc.weight"), ("vgg16-fcn8", "classifier.0.weight")):
+        source = build_network(name, 2, seed=5)
+        part = source.encoder if name == "res-unet" else source
+        state = {
+            key: value
+            for key, value in part.state_dict().items()
+            if name == "res-unet" or key.startswith("features.")
+        }
+        file = tmp_path / f"{name}.pth"
+        torch.save({**state, classifier: torch.zeros(3)}, file)
+        save_file(state, tmp_path / f"{name}.safetensors")
+        for path in (file, file.with_suffix(".safetensors")):
+            found = build_network(name, 2, seed=0, encoder_weights=path)
+            loaded = (found.encoder if name == "res-unet" else found).state_dict()
+            assert same({key: loaded[key] for key in state}, state)
+    made = Baseline(
+        dataset,
+        plan_baseline(
+            dataset,
+            "res-unet",
+            steps=1,
+            size_px=64,
+            val="0",
+            keep="last",
+            encoder_weights=tmp_path / "res-unet.pth",
+        ),
+        encoder_weights=tmp_path / "res-unet.pth",
+    )
+    made.train(tmp_path / "run")
+    config = read_baseline(tmp_path / "run")
+    assert config.network["title"] == "U-Net with a ResNet-18 encoder, trained encoder"
+    assert config.settings["encoder_weights"] == config.network["encoder_weights"]["sha256"]
+    assert "encoder_weights" in default_baseline_name(dataset, made.settings)
+    with pytest.raises(RunError, match="was trained with encoder_weights"):
+        small(dataset, steps=1, val="0", keep="last", batch_size=4).train(tmp_path / "run")
+
+
+def test_weights_that_do_not_fit_or_run_code_are_refused(dataset, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    torch.save(build_network("res-unet", 2, seed=0).encoder.state_dict(), tmp_path / "resnet.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    torch.save({"a": Evil()}, tmp_path / "evil.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name in ("resnet.pth", "text.pth", "text.safetensors", "evil.pth", "list.pth"):
+        with pytest.raises(RunError, match=f"--encoder-weights .*{name} does not fit vgg16_bn"):
+            build_network("vgg16-fcn8", 2, seed=0, encoder_weights=tmp_path / name)
+    with pytest.raises(RunError, match="cannot be read: No such file"):
+        plan_baseline(dataset, "vgg16-fcn8", encoder_weights=tmp_path / "absent.pth")
+
+
 def test_the_seed_decides_the_random_weights_and_nothing_else_is_drawn():
     before = torch.random.get_rng_state()
     first, again, other = (
@@ -326,7 +407,7 @@ def test_settings_outside_what_they_can_be_are_refused(dataset, settings, messag
 
 
 def test_an_unknown_network_is_named_with_those_there_are(dataset):
-    with pytest.raises(RunError, match="no baseline is called 'unet'; there are res-unet, effn"):
+    with pytest.raises(RunError, match="no baseline is called 'unet'; there are res-unet, vgg16-f"):
         plan_baseline(dataset, "unet")
 
 

@@ -65,6 +65,7 @@ def test_options_reach_the_training(folder):
         "keep": "best",
         "precision": "bfloat16",
         "seed": 3,
+        "encoder_weights": None,
     }
     assert len(config["samples"]["train"]) == 2
 

@@ -64,9 +64,14 @@ class Baseline:
     """
 
     def __init__(
-        self, dataset: Dataset, settings: BaselineSettings, *, eval_split: str | None = None
+        self,
+        dataset: Dataset,
+        settings: BaselineSettings,
+        *,
+        eval_split: str | None = None,
+        encoder_weights: Path | None = None,
     ) -> None:
-        self.settings = settings
+        self.settings, self.encoder_weights = settings, encoder_weights
         self.images = Images(dataset, settings.size_px)
         self.parts = divide(
             self.images.samples,
@@ -103,7 +108,9 @@ class Baseline:
         device = torch.device(device)
         settings = self.settings
         num_classes = self.images.card.scheme.num_classes
-        network = build_network(settings.name, num_classes, seed=settings.seed)
+        network = build_network(
+            settings.name, num_classes, seed=settings.seed, encoder_weights=self.encoder_weights
+        )
         with only_trainer(out):
             config = self._config(network, device)
             known = (out / CONFIG_FILE).exists()
@@ -197,7 +204,7 @@ class Baseline:
             settings=self.settings.to_dict(),
             dataset_sha256=self.images.dataset.sha256,
             dataset=self.images.card.to_dict(),
-            network=network_facts(self.settings.name, network),
+            network=network_facts(self.settings.name, network, self.encoder_weights),
             class_pixels=(),
             class_weights=(),
             samples=self.parts.to_dict(),

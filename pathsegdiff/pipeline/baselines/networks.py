@@ -1,24 +1,30 @@
-"""The networks of the baselines, from segmentation_models_pytorch.
+"""The networks of the baselines; encoders and U-Nets are segmentation_models_pytorch's.
 
-U-Nets (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) whose encoder is a classifier.
-Shapes: B = batch, K = classes, S = ``size_px``, a multiple of 32.
+U-Nets (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) whose encoder is a classifier,
+and FCN-8s. Shapes: B = batch, K = classes, S = ``size_px``, a multiple of 32.
 """
 
+import pickle
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pathsegdiff.diffusion import imagenet
 from pathsegdiff.errors import RunError
+from pathsegdiff.files import file_sha256
+from pathsegdiff.pipeline.baselines.fcn8s import FCN8s
 
 PACKAGE = "segmentation-models-pytorch"
 #: The encoders halve the image five times.
 STRIDE = 32
-#: Of the 1000-class model, what lies behind the features that a U-Net uses.
-_CLASSIFIER = ("conv_head.", "bn2.", "classifier.")
+#: Of a 1000-class model, what lies behind the features that are used here.
+_CLASSIFIER = ("conv_head.", "bn2.", "classifier.", "fc.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +34,32 @@ class Architecture:
     Attributes:
         title: For people.
         encoder: Its name in segmentation_models_pytorch.
-        imagenet: Whether the encoder begins with ImageNet weights, or with random ones.
+        decoder: "Unet", or "FCN-8s".
+        imagenet: Whether the encoder begins with the ImageNet weights that a package brings.
         learning_rate: The usual one: a trained encoder is moved less.
     """
 
     title: str
     encoder: str
-    imagenet: bool
+    decoder: str = "Unet"
+    imagenet: bool = False
     learning_rate: float
 
 
 ARCHITECTURES = {
     "res-unet": Architecture(
-        title="U-Net with a ResNet-18 encoder, from scratch",
+        title="U-Net with a ResNet-18 encoder",
         encoder="resnet18",
-        imagenet=False,
         learning_rate=1e-3,
     ),
+    "vgg16-fcn8": Architecture(
+        title="FCN-8s on VGG16 with batch normalisation",
+        encoder="vgg16_bn",
+        decoder="FCN-8s",
+        learning_rate=3e-4,
+    ),
     "effnet-unet": Architecture(
-        title="U-Net with an EfficientNet-Lite0 encoder, ImageNet weights",
+        title="U-Net with an EfficientNet-Lite0 encoder",
         encoder=f"tu-{imagenet.ARCHITECTURE}",
         imagenet=True,
         learning_rate=5e-4,
@@ -54,7 +67,14 @@ ARCHITECTURES = {
 }
 
 
-def build_network(name: str, num_classes: int, *, seed: int, pretrained: bool = True) -> nn.Module:
+def build_network(
+    name: str,
+    num_classes: int,
+    *,
+    seed: int,
+    pretrained: bool = True,
+    encoder_weights: Path | None = None,
+) -> nn.Module:
     """Build a baseline: (B, 3, S, S) images to (B, K, S, S) logits.
 
     Args:
@@ -63,9 +83,11 @@ def build_network(name: str, num_classes: int, *, seed: int, pretrained: bool = 
         seed: Of the random weights.
         pretrained: Load the ImageNet weights where the baseline has some; not needed where a
             trained file is loaded after.
+        encoder_weights: Of the encoder, in torchvision's or timm's names; its own where None.
 
     Raises:
-        RunError: If the name is unknown, or segmentation_models_pytorch is not installed.
+        RunError: If the name is unknown, segmentation_models_pytorch is not installed, or the
+            weights do not fit.
         BundleError: If the ImageNet weights are not installed, or are damaged.
     """
     architecture = architecture_of(name)
@@ -79,11 +101,18 @@ def build_network(name: str, num_classes: int, *, seed: int, pretrained: bool = 
     # On the CPU and from a generator of its own: the same start on every device.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = smp.Unet(
-            architecture.encoder, encoder_weights=None, in_channels=3, classes=num_classes
-        )
-    if architecture.imagenet and pretrained:
-        _load_encoder(network.encoder.model, imagenet.efficientnet_lite0_state())
+        network: nn.Module
+        if architecture.decoder == "FCN-8s":
+            encoder = smp.encoders.get_encoder(architecture.encoder, weights=None)
+            network = FCN8s(encoder.features, num_classes)
+        else:
+            network = smp.Unet(
+                architecture.encoder, encoder_weights=None, in_channels=3, classes=num_classes
+            )
+    if encoder_weights is not None:
+        _load_file(architecture, network, encoder_weights)
+    elif architecture.imagenet and pretrained:
+        _load_encoder(network, imagenet.efficientnet_lite0_state())
     return network
 
 
@@ -104,15 +133,23 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     return moved.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def network_facts(name: str, network: nn.Module) -> dict[str, Any]:
+def network_facts(
+    name: str, network: nn.Module, encoder_weights: Path | None = None
+) -> dict[str, Any]:
     """What a run records of its network, JSON types."""
     architecture = architecture_of(name)
+    weights: str | dict[str, str] = "none"
+    if encoder_weights is not None:
+        weights = {"file": encoder_weights.name, "sha256": file_sha256(encoder_weights)}
+    elif architecture.imagenet:
+        weights = imagenet.efficientnet_lite0_facts()
+    begins = "from scratch" if weights == "none" else "trained encoder"
     return {
         "name": name,
-        "title": architecture.title,
-        "decoder": f"{PACKAGE} {metadata.version(PACKAGE)} Unet",
+        "title": f"{architecture.title}, {begins}",
+        "decoder": f"{architecture.decoder} ({PACKAGE} {metadata.version(PACKAGE)})",
         "encoder": architecture.encoder,
-        "encoder_weights": imagenet.efficientnet_lite0_facts() if architecture.imagenet else "none",
+        "encoder_weights": weights,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
 
@@ -126,7 +163,35 @@ def normalise(images: Tensor) -> Tensor:
 _NORMALISATION = (imagenet.MEAN, imagenet.STD)
 
 
-def _load_encoder(encoder: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load ImageNet weights; every tensor of the encoder must be there, none may be unknown."""
+def _load_encoder(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load an encoder's weights; all of its tensors must be there, none may be unknown.
+
+    Raises:
+        RuntimeError: Otherwise.
+    """
     features = {name: value for name, value in state.items() if not name.startswith(_CLASSIFIER)}
-    encoder.load_state_dict(features, strict=True)
+    if isinstance(network, FCN8s):
+        target: Any = network.features
+        features = {name.removeprefix("features."): value for name, value in features.items()}
+    else:
+        target = network.encoder
+        target = getattr(target, "model", target)  # timm's model within the package's wrapper
+    target.load_state_dict(features, strict=True)
+
+
+def _load_file(architecture: Architecture, network: nn.Module, file: Path) -> None:
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:  # only tensors and plain values: nothing in the file can run code
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        _load_encoder(network, dict(state))
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, EOFError,
+            KeyError, pickle.UnpicklingError) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RunError(
+            f"--encoder-weights {file} does not fit {architecture.encoder}: {reason}; give the "
+            "state dict of that network, as torchvision and timm have it"
+        ) from None

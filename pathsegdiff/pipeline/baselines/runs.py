@@ -16,6 +16,7 @@ from torch import nn
 
 from pathsegdiff.data.manifest import Dataset
 from pathsegdiff.errors import RunError
+from pathsegdiff.files import file_sha256
 from pathsegdiff.pipeline.baselines.images import AUGMENTATION
 from pathsegdiff.pipeline.baselines.networks import STRIDE, architecture_of, build_network
 from pathsegdiff.segmentation.loop import folder_name
@@ -54,6 +55,7 @@ class BaselineSettings:
         keep: The weights that are "best" on validation, or the "last".
         precision: Of the forward and backward pass.
         seed: Of the initial weights, the order, the augmentation and the parts.
+        encoder_weights: SHA-256 of the file that the encoder begins with; None for its own.
     """
 
     name: str
@@ -69,6 +71,7 @@ class BaselineSettings:
     keep: str = "best"
     precision: str = "float32"
     seed: int = 0
+    encoder_weights: str | None = None
 
     def __post_init__(self) -> None:
         architecture_of(self.name)
@@ -195,6 +198,7 @@ def plan_baseline(
     steps: int | None = None,
     minutes: float | None = None,
     learning_rate: float | None = None,
+    encoder_weights: Path | None = None,
     **others: Any,
 ) -> BaselineSettings:
     """Fill in what the data set and the network decide: split, learning rate and length.
@@ -211,6 +215,14 @@ def plan_baseline(
         split = dataset.manifest.default_train
     if learning_rate is None:
         learning_rate = architecture_of(name).learning_rate
+    digest = None
+    if encoder_weights is not None:
+        try:
+            digest = file_sha256(encoder_weights)
+        except OSError as error:
+            raise RunError(
+                f"--encoder-weights {encoder_weights} cannot be read: {error.strerror or error}"
+            ) from None
     return BaselineSettings(
         name=name,
         split=split,
@@ -218,6 +230,7 @@ def plan_baseline(
         steps=steps,
         minutes=minutes,
         learning_rate=learning_rate,
+        encoder_weights=digest,
         **others,
     )
 
@@ -226,6 +239,8 @@ def default_baseline_name(dataset: Dataset, settings: BaselineSettings) -> str:
     """Name of a run folder: data set, network, and each setting that is not the usual one."""
     usual = plan_baseline(dataset, settings.name).to_dict()
     chosen = settings.to_dict()
+    if chosen["encoder_weights"] is not None:
+        chosen["encoder_weights"] = chosen["encoder_weights"][:8]
     if chosen["minutes"] not in (None, usual["minutes"]):
         chosen["minutes"] = f"{chosen['minutes']:g}"
     return folder_name(f"{dataset.name}-{settings.name}", chosen, usual)

@@ -1,0 +1,289 @@
+"""A table of ours beside the published one: Markdown, CSV, a plot, and a page with all of it."""
+
+import csv
+import html
+import io
+import json
+import statistics
+from base64 import b64encode
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pathsegdiff.files import replace_file
+from pathsegdiff.pipeline.tables.make import evaluated, is_finished
+from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES, TITLES, PublishedRow
+from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
+
+_PLOTTED = "miou"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One line, of ours, of the paper's, or both.
+
+    Attributes:
+        name: Of ours in ``ROWS``, or the published one.
+        title: For people.
+        limit: Training images; None for all.
+        runs: Figures of the finished runs, as ``psd eval`` writes them.
+        planned: Runs.
+        published: The paper's line, or None.
+    """
+
+    name: str
+    title: str
+    limit: int | None
+    runs: tuple[dict[str, Any], ...]
+    planned: int
+    published: PublishedRow | None
+
+    def mean(self, column: str) -> float | None:
+        """Over the runs."""
+        return statistics.mean(run[column] for run in self.runs) if self.runs else None
+
+    def difference(self, column: str) -> float | None:
+        """Ours less the published one."""
+        ours = self.mean(column)
+        theirs = None if self.published is None else self.published.figures.get(column)
+        return None if ours is None or theirs is None else ours - theirs
+
+
+def collect(settings: TableSettings) -> list[TableRow]:
+    """The published rows in their order, then ours that the paper does not have."""
+    eval_split = evaluated(settings)
+    known = {row.ours: row for row in TABLES[settings.table].rows if row.ours is not None}
+    found = []
+    for published in TABLES[settings.table].rows:
+        if published.ours not in settings.rows:
+            found.append(
+                TableRow(
+                    name=published.name,
+                    title=published.name,
+                    limit=None,
+                    runs=(),
+                    planned=0,
+                    published=published,
+                )
+            )
+    for name in settings.rows:
+        for limit in settings.limits:
+            jobs = [job for job in settings.jobs() if (job.row, job.limit) == (name, limit)]
+            runs = tuple(
+                _figures(settings, job, eval_split)
+                for job in jobs
+                if is_finished(settings, job, eval_split)
+            )
+            printed = known.get(name) if limit is None else None
+            title = ROWS[name].title if printed is None else printed.name
+            found.append(
+                TableRow(
+                    name=name,
+                    title=title,
+                    limit=limit,
+                    runs=runs,
+                    planned=len(jobs),
+                    published=printed,
+                )
+            )
+    order = {row.name: number for number, row in enumerate(TABLES[settings.table].rows)}
+    return sorted(
+        found,
+        key=lambda row: len(order) if row.published is None else order[row.published.name],
+    )
+
+
+def write(settings: TableSettings) -> str:
+    """Write table.md, table.csv, plot.png and report.html; the Markdown is returned."""
+    rows = collect(settings)
+    lines = _cells(settings, rows)
+    text = "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], ["---"] * len(lines[0])))
+    text += "".join(f"| {' | '.join(line)} |\n" for line in lines[1:])
+    notes = notes_of(settings, rows)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    whole = text + "\n" + "".join(f"- {note}\n" for note in notes)
+    table = io.StringIO()
+    csv.writer(table).writerows(lines)
+    picture = settings.out / "plot.png"
+    replace_file(picture, lambda beside: _draw(settings, rows, beside))
+    page = _page(settings, lines, notes, picture.read_bytes())
+    for name, content in (
+        ("table.md", whole),
+        ("table.csv", table.getvalue()),
+        ("report.html", page),
+    ):
+        replace_file(settings.out / name, partial(_put, content))
+    return whole
+
+
+def notes_of(settings: TableSettings, rows: list[TableRow]) -> list[str]:
+    """What a reader has to know of the table and of its rows."""
+    table = TABLES[settings.table]
+    budget = BUDGETS[settings.budget]
+    notes = [
+        f"Ours: model {settings.model}, t = {settings.timestep}; {budget.text}. The paper states "
+        "neither batch size, epochs nor augmentation.",
+        "Published figures: Danisetty et al. 2025, 'PathSegDiff', "
+        f"{table.title.split(':', 1)[0]}; ours are pooled over the scored images, unweighted mean "
+        "over classes; the interval is a bootstrap over the images of the first run.",
+    ]
+    if Path(settings.dataset).stem != table.dataset:
+        notes.append(
+            f"Ours were made on {settings.dataset}, not on {table.dataset}: they do not compare "
+            "with the published figures."
+        )
+    if settings.folds:
+        notes.append(
+            f"Ours are of the held-out folds {', '.join(map(str, settings.folds))}, the published "
+            "ones of the official split."
+        )
+    incomplete = [row.title for row in rows if len(row.runs) < row.planned]
+    if incomplete:
+        notes.append(f"Incomplete (runs are missing): {', '.join(incomplete)}.")
+    ours = next((row for row in rows if row.name == "conditioned" and row.limit is None), None)
+    reference = None if ours is None else ours.mean(_PLOTTED)
+    if reference is not None:
+        better = [
+            row.title
+            for row in rows
+            if row.limit is None and (row.mean(_PLOTTED) or 0) > reference and row is not ours
+        ]
+        if better:
+            notes.append(f"Better than PathSegDiff here, by mIoU: {', '.join(better)}.")
+    notes += [
+        f"{row.published.name}: {row.published.note}."
+        for row in rows
+        if row.published is not None and row.published.note
+    ]
+    return notes
+
+
+def _figures(settings: TableSettings, job: Job, eval_split: str) -> dict[str, Any]:
+    found = json.loads(settings.metrics(job, eval_split).read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
+
+
+def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
+    few = settings.limits != (None,)
+    other = Path(settings.dataset).stem != TABLES[settings.table].dataset
+    lines = [
+        [
+            "row",
+            *(["images"] if few else []),
+            *(f"{TITLES[column]} {kind}" for column in COLUMNS for kind in ("ours", "paper")),
+            *([] if other else ["mIoU, ours less paper"]),
+            "mIoU, lowest to highest run",
+            "mIoU, 95 % interval over images",
+            "runs",
+        ]
+    ]
+    for row in rows:
+        images = ["" if not row.planned else "all" if row.limit is None else str(row.limit)]
+        values: list[str] = []
+        for column in COLUMNS:
+            theirs = None if row.published is None else row.published.figures.get(column)
+            values += [_number(row.mean(column)), _number(theirs)]
+        lines.append(
+            [
+                row.title,
+                *(images if few else []),
+                *values,
+                *([] if other else [_signed(row.difference(_PLOTTED))]),
+                *_spread(row),
+                _complete(row),
+            ]
+        )
+    return lines
+
+
+def _spread(row: TableRow) -> list[str]:
+    if not row.runs:
+        return ["", ""]
+    values = [run[_PLOTTED] for run in row.runs]
+    interval = row.runs[0]["intervals"][_PLOTTED]
+    return [
+        f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "",
+        f"{interval['low']:.3f} to {interval['high']:.3f}",
+    ]
+
+
+def _complete(row: TableRow) -> str:
+    if not row.planned:
+        return "published only"
+    incomplete = "" if len(row.runs) == row.planned else ", incomplete"
+    return f"{len(row.runs)} of {row.planned}{incomplete}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.3f}"
+
+
+def _draw(settings: TableSettings, rows: list[TableRow], file: Path) -> None:
+    """mIoU of every row of ours, lowest to highest run, and the published one beside it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 0.42 * len(rows) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        values = [run[_PLOTTED] for run in row.runs]
+        if values:
+            mean = statistics.mean(values)
+            axes.errorbar(
+                mean,
+                place,
+                xerr=[[mean - min(values)], [max(values) - mean]],
+                fmt="o",
+                color="#0072B2",
+                capsize=4,
+            )
+        if row.published is not None and _PLOTTED in row.published.figures:
+            axes.plot(row.published.figures[_PLOTTED], place, "x", color="#D55E00")
+    few = settings.limits != (None,)
+    axes.set_yticks(
+        range(len(rows)),
+        [
+            f"{row.title}, {row.limit or 'all'} images" if few and row.planned else row.title
+            for row in rows
+        ],
+    )
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("mIoU (dots: ours, lowest to highest run; crosses: published)")
+    FigureCanvasAgg(figure).print_png(str(file))
+
+
+def _page(settings: TableSettings, lines: list[list[str]], notes: list[str], picture: bytes) -> str:
+    published = TABLES[settings.table].title
+    title = html.escape(f"{published}: ours ({settings.dataset}) and the paper's")
+    encoded = b64encode(picture).decode()
+    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in lines[0])
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
+        for line in lines[1:]
+    )
+    links = "".join(
+        f'<li><a href="{html.escape(str(report.relative_to(settings.out)))}">'
+        f"{html.escape(report.parent.parent.name)}</a></li>"
+        for report in sorted(settings.out.glob("runs/*/eval-*/report.html"))
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>'
+        "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}"
+        "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3rem "
+        ".5rem;text-align:left}img{max-width:100%}</style></head>"
+        f"<body><h1>{title}</h1><table><tr>{header}</tr>{body}</table>"
+        f'<p><img alt="mIoU of every row" src="data:image/png;base64,{encoded}">'
+        f"</p><ul>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>"
+        f"<h2>Every run</h2><ul>{links}</ul></body></html>\n"
+    )
+
+
+def _put(content: str, file: Path) -> None:
+    file.write_text(content, encoding="utf-8")

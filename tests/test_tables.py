@@ -1,0 +1,214 @@
+"""The paper's tables: rows are run by the commands of a user, and stand beside what was printed."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cli.main import run
+from pathsegdiff.errors import ConfigError
+from pathsegdiff.pipeline.tables import make, rows
+from pathsegdiff.pipeline.tables.make import make_runs, missing_things
+from pathsegdiff.pipeline.tables.parameters import parameters_table
+from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES
+from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
+from pathsegdiff.pipeline.tables.write import collect, write
+from tests.helpers_stage_one import write_dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set of five images and a micro bundle."""
+    made = tmp_path_factory.mktemp("tables")
+    write_dataset(made / "data", train=3, test=2)
+    assert run(["models", "init", "--preset", "micro", "--out", str(made / "micro")]) == 0
+    return made
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few steps, and commands in this process."""
+    head = ("--val", "0", "--keep", "last", "--steps", "2", "--crop", "256")
+    images = ("--val", "0", "--keep", "last", "--steps", "2", "--size", "64")
+    budget = replace(BUDGETS["short"], head=head, baseline=images)
+    monkeypatch.setitem(rows.BUDGETS, "short", budget)
+    said = []
+
+    def start(self, command, log, threads):
+        said.append(command)
+        return run(command)
+
+    monkeypatch.setattr(make._Running, "start", start)
+    return said
+
+
+def settings_of(folder, out, **others):
+    usual = {
+        "table": "table4",
+        "out": out,
+        "dataset": str(folder / "data" / "discs.toml"),
+        "model": str(folder / "micro"),
+        "rows": ("conditioned", "null", "tokens"),
+        "seeds": (0,),
+        "precision": "float32",
+    }
+    return TableSettings(**{**usual, **others})
+
+
+def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path, quick):
+    out = tmp_path / "t"
+    settings = settings_of(folder, out)
+    make_runs(settings, jobs=1, log=lambda line: None)
+    assert [command[0] for command in quick] == ["extract", *["train-head", "eval"] * 3]
+    text = write(settings)
+    make_runs(settings, jobs=1, log=lambda line: None)
+    assert len(quick) == 7
+
+    found = {row.title: row for row in collect(settings)}
+    assert list(found) == [
+        "HIPT",
+        "Res-UNet",
+        "CUMedVision2",
+        "DDPMSeg",
+        "CIMD",
+        "MedSegDiff",
+        "PathSegDiff-uncond",
+        "PathSegDiff",
+    ]
+    metrics = json.loads((out / "runs/tokens-seed0/eval-test/metrics.json").read_text())
+    assert found["HIPT"].mean("miou") == metrics["miou"]
+    assert found["HIPT"].difference("miou") == pytest.approx(metrics["miou"] - 0.591)
+    assert found["MedSegDiff"].mean("miou") is None
+    assert "| MedSegDiff |  |  |  |  |  | 0.778 |  | 0.852 |  |  | published only |" in text
+    assert "not on glas: they do not compare" in text
+    with (out / "table.csv").open(newline="") as file:
+        assert len(list(csv.reader(file))) == 9
+    page = (out / "report.html").read_text()
+    assert 'href="runs/conditioned-seed0/eval-test/report.html"' in page
+    assert "data:image/png;base64," in page
+    assert (out / "plot.png").stat().st_size > 5000
+
+
+def test_folds_and_few_images_are_lines_and_runs_of_their_own(folder, tmp_path, quick):
+    settings = settings_of(folder, tmp_path / "t", rows=("conditioned",), limits=(1, None))
+    make_runs(settings, jobs=1, log=lambda line: None)
+    ours = [row for row in collect(settings) if row.planned]
+    assert [(row.limit, len(row.runs), row.planned) for row in ours] == [(None, 1, 1), (1, 1, 1)]
+    config = json.loads((tmp_path / "t/runs/conditioned-1images-seed0/config.json").read_text())
+    assert len(config["samples"]["train"]) == 1
+    more = replace(settings, seeds=(0, 1))
+    assert "1 of 2, incomplete" in write(more)
+    assert "Incomplete (runs are missing): PathSegDiff" in write(more)
+    held = Job(row="conditioned", seed=0, fold=2, limit=5)
+    assert held.name == "conditioned-5images-fold2-seed0"
+    folded = replace(settings, folds=(2,), eval_split="test")
+    train, scored = folded.commands(held)
+    assert train[train.index("--fold") + 1] == "2"
+    assert "--split" not in scored
+    assert folded.metrics(held, "test").parent.name == "eval-fold2"
+
+
+def test_a_network_on_images_is_a_row_and_a_failure_costs_only_its_row(folder, tmp_path, quick):
+    pytest.importorskip("segmentation_models_pytorch")
+    settings = settings_of(folder, tmp_path / "t", rows=("res-unet", "null"))
+    (tmp_path / "t/runs").mkdir(parents=True)
+    (tmp_path / "t/runs/null-seed0").write_text("in the way")
+    said = []
+    make_runs(settings, jobs=1, log=said.append)
+    assert [line for line in said if line.startswith("failed: null-seed0, see ")]
+    ours = {row.name: row for row in collect(settings) if row.planned}
+    assert len(ours["res-unet"].runs) == 1
+    assert not ours["null"].runs
+
+
+def test_random_weights_are_made_in_the_models_shapes(folder, tmp_path, quick):
+    settings = settings_of(folder, tmp_path / "t", rows=("random",), random=folder / "micro")
+    make_runs(settings, jobs=1, log=lambda line: None)
+    assert quick[0][quick[0].index("--out") + 1].endswith("features/random.zarr")
+    assert len(collect(settings)[-1].runs) == 1
+    other = replace(settings, random=tmp_path / "none", out=tmp_path / "u")
+    with pytest.raises(make.RunError, match="no preset with the"):
+        make_runs(other, jobs=1, log=lambda line: None)
+
+
+def test_what_is_missing_is_listed(folder, tmp_path, capsys):
+    settings = settings_of(folder, tmp_path, model="absent", dataset="glas", data_root=tmp_path)
+    model, data = missing_things(settings)
+    assert "psd models import" in model
+    assert str(tmp_path) in data
+    assert run(["reproduce", "table2", "--data-root", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "table2 needs 2 more things, listed above" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "conditioned,what"], "no row is called 'what'; there are conditioned"),
+        (["--seeds", "x"], "must be whole numbers such as 0,1,2, got 'x'"),
+        (["--limit-images", "0"], "must be numbers, or all, such as 5,20,all, got '0'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message, capsys):
+    assert run(["reproduce", "table4", *options]) != 0
+    assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--budget must be one of short, full, got 'x'"):
+        TableSettings(table="table4", out=Path(), dataset="x", rows=("null",), budget="x")
+
+
+def test_an_interrupt_ends_every_command_with_a_checkpoint(folder, tmp_path):
+    """As Ctrl-C does it: to the whole group; and a second call goes on from there."""
+    out = tmp_path / "t"
+    script = (
+        "import sys; from dataclasses import replace; from cli.main import run\n"
+        "from pathsegdiff.pipeline.tables import rows\n"
+        "head = ('--val', '0', '--keep', 'last', '--steps', '100000', '--crop', '256')\n"
+        "rows.BUDGETS['short'] = replace(rows.BUDGETS['short'], head=head)\n"
+        "sys.exit(run(sys.argv[1:]))"
+    )
+    command = ["reproduce", "table4", "--rows", "conditioned", "--seeds", "0,1", "--jobs", "2"]
+    command += ["--dataset", str(folder / "data" / "discs.toml"), "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *command, "--model", str(folder / "micro")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    logs = [out / "logs" / f"conditioned-seed{seed}.txt" for seed in (0, 1)]
+    deadline = time.monotonic() + 120
+    while not all(log.exists() and "/100000 steps" in log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    os.killpg(process.pid, 2)
+    said = process.communicate(timeout=120)[0].decode()
+    assert process.returncode != 0
+    assert "Traceback" not in said
+    for seed in (0, 1):
+        assert (out / "runs" / f"conditioned-seed{seed}" / "checkpoint.pt").exists()
+        assert "Traceback" not in logs[seed].read_text()
+
+
+def test_parameters_are_counted_in_the_networks():
+    text = parameters_table()
+    assert "| SSL-guided LDM | 478,619,777 | 478,619,777 |" in text
+    assert "| FCN | 17,470,150 | 17,470,150 |" in text
+    counted, printed = re.search(r"\| HIPT \| ([\d,]+) \| ([\d,]+) \|", text).groups()
+    difference = int(counted.replace(",", "")) - int(printed.replace(",", ""))
+    assert difference == 60 * 384
+
+
+def test_every_published_row_that_is_ours_exists():
+    for table in TABLES.values():
+        ours = [row.ours for row in table.rows if row.ours is not None]
+        assert len(set(ours)) == len(ours)
+        assert set(ours) <= set(ROWS)
+        for row in table.rows:
+            assert set(row.figures) <= set(COLUMNS)
+            assert all(0 < value < 1 for value in row.figures.values())
