@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from pathsegdiff.data.manifest import Dataset, open_dataset
@@ -87,7 +87,7 @@ def missing_things(settings: TableSettings) -> list[str]:
         except BundleError as error:
             missing.append(f"model {settings.model} ({error}); {_PAPERS_WEIGHTS}")
     try:
-        _dataset(settings)
+        _dataset(settings.dataset, settings.data_root)
     except DataError as error:
         missing.append(str(error))
     return missing
@@ -104,8 +104,8 @@ def make_runs(settings: TableSettings, *, jobs: int, log: Log) -> None:
         RunError: If a store cannot be filled.
         KeyboardInterrupt: After Ctrl-C, when every run has left a checkpoint.
     """
-    dataset = _dataset(settings)
-    eval_split = evaluated(settings, dataset)
+    dataset = _dataset(settings.dataset, settings.data_root)
+    eval_split = evaluated(settings)
     logs = settings.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     todo = [job for job in settings.jobs() if not is_finished(settings, job, eval_split)]
@@ -122,11 +122,11 @@ def make_runs(settings: TableSettings, *, jobs: int, log: Log) -> None:
             raise
 
 
-def evaluated(settings: TableSettings, dataset: Dataset | None = None) -> str:
+def evaluated(settings: TableSettings) -> str:
     """The split that the table scores."""
     if settings.eval_split is not None:
         return settings.eval_split
-    return (dataset or _dataset(settings)).manifest.default_eval
+    return _dataset(settings.dataset, settings.data_root).manifest.default_eval
 
 
 def is_finished(settings: TableSettings, job: Job, eval_split: str) -> bool:
@@ -145,8 +145,9 @@ def _wait(futures: Sequence[Future[None]], interrupt: Interrupt) -> None:
         interrupt.raise_if_requested()
 
 
-def _dataset(settings: TableSettings) -> Dataset:
-    return open_dataset(settings.dataset, data_root=settings.data_root)
+@cache  # what it warns of is said once
+def _dataset(name: str, root: Path | None) -> Dataset:
+    return open_dataset(name, data_root=root)
 
 
 def _fill_stores(

@@ -4,50 +4,18 @@ import csv
 import html
 import io
 import json
-import statistics
 from base64 import b64encode
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pathsegdiff.files import replace_file
 from pathsegdiff.pipeline.tables.make import evaluated, is_finished
-from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES, TITLES, PublishedRow
+from pathsegdiff.pipeline.tables.plots import PLOTTED, TableRow, draw_few_labels, draw_rows
+from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES, TITLES
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
 
-_PLOTTED = "miou"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableRow:
-    """One line, of ours, of the paper's, or both.
-
-    Attributes:
-        name: Of ours in ``ROWS``, or the published one.
-        title: For people.
-        limit: Training images; None for all.
-        runs: Figures of the finished runs, as ``psd eval`` writes them.
-        planned: Runs.
-        published: The paper's line, or None.
-    """
-
-    name: str
-    title: str
-    limit: int | None
-    runs: tuple[dict[str, Any], ...]
-    planned: int
-    published: PublishedRow | None
-
-    def mean(self, column: str) -> float | None:
-        """Over the runs."""
-        return statistics.mean(run[column] for run in self.runs) if self.runs else None
-
-    def difference(self, column: str) -> float | None:
-        """Ours less the published one."""
-        ours = self.mean(column)
-        theirs = None if self.published is None else self.published.figures.get(column)
-        return None if ours is None or theirs is None else ours - theirs
+FEW_LABELS = "few_labels.png"
 
 
 def collect(settings: TableSettings) -> list[TableRow]:
@@ -106,7 +74,9 @@ def write(settings: TableSettings) -> str:
     table = io.StringIO()
     csv.writer(table).writerows(lines)
     picture = settings.out / "plot.png"
-    replace_file(picture, lambda beside: _draw(settings, rows, beside))
+    replace_file(picture, partial(draw_rows, rows))
+    if settings.limits[1:]:
+        replace_file(settings.out / FEW_LABELS, partial(draw_few_labels, rows))
     page = _page(settings, lines, notes, picture.read_bytes())
     for name, content in (
         ("table.md", whole),
@@ -142,12 +112,12 @@ def notes_of(settings: TableSettings, rows: list[TableRow]) -> list[str]:
     if incomplete:
         notes.append(f"Incomplete (runs are missing): {', '.join(incomplete)}.")
     ours = next((row for row in rows if row.name == "conditioned" and row.limit is None), None)
-    reference = None if ours is None else ours.mean(_PLOTTED)
+    reference = None if ours is None else ours.mean(PLOTTED)
     if reference is not None:
         better = [
             row.title
             for row in rows
-            if row.limit is None and (row.mean(_PLOTTED) or 0) > reference and row is not ours
+            if row.limit is None and (row.mean(PLOTTED) or 0) > reference and row is not ours
         ]
         if better:
             notes.append(f"Better than PathSegDiff here, by mIoU: {', '.join(better)}.")
@@ -160,9 +130,10 @@ def notes_of(settings: TableSettings, rows: list[TableRow]) -> list[str]:
 
 
 def _figures(settings: TableSettings, job: Job, eval_split: str) -> dict[str, Any]:
+    """The metrics of a finished run, and how many images it was trained on."""
     found = json.loads(settings.metrics(job, eval_split).read_text(encoding="utf-8"))
-    assert isinstance(found, dict)
-    return found
+    config = json.loads((settings.run(job) / "config.json").read_text(encoding="utf-8"))
+    return {**found, "training_images": len(config["samples"]["train"])}
 
 
 def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
@@ -190,7 +161,7 @@ def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
                 row.title,
                 *(images if few else []),
                 *values,
-                *([] if other else [_signed(row.difference(_PLOTTED))]),
+                *([] if other else [_signed(row.difference(PLOTTED))]),
                 *_spread(row),
                 _complete(row),
             ]
@@ -201,8 +172,8 @@ def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
 def _spread(row: TableRow) -> list[str]:
     if not row.runs:
         return ["", ""]
-    values = [run[_PLOTTED] for run in row.runs]
-    interval = row.runs[0]["intervals"][_PLOTTED]
+    values = [run[PLOTTED] for run in row.runs]
+    interval = row.runs[0]["intervals"][PLOTTED]
     return [
         f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "",
         f"{interval['low']:.3f} to {interval['high']:.3f}",
@@ -222,41 +193,6 @@ def _number(value: float | None) -> str:
 
 def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.3f}"
-
-
-def _draw(settings: TableSettings, rows: list[TableRow], file: Path) -> None:
-    """mIoU of every row of ours, lowest to highest run, and the published one beside it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 0.42 * len(rows) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    for place, row in enumerate(rows):
-        values = [run[_PLOTTED] for run in row.runs]
-        if values:
-            mean = statistics.mean(values)
-            axes.errorbar(
-                mean,
-                place,
-                xerr=[[mean - min(values)], [max(values) - mean]],
-                fmt="o",
-                color="#0072B2",
-                capsize=4,
-            )
-        if row.published is not None and _PLOTTED in row.published.figures:
-            axes.plot(row.published.figures[_PLOTTED], place, "x", color="#D55E00")
-    few = settings.limits != (None,)
-    axes.set_yticks(
-        range(len(rows)),
-        [
-            f"{row.title}, {row.limit or 'all'} images" if few and row.planned else row.title
-            for row in rows
-        ],
-    )
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("mIoU (dots: ours, lowest to highest run; crosses: published)")
-    FigureCanvasAgg(figure).print_png(str(file))
 
 
 def _page(settings: TableSettings, lines: list[list[str]], notes: list[str], picture: bytes) -> str:

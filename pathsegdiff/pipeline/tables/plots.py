@@ -1,0 +1,110 @@
+"""The rows of a table as pictures: each beside the published one, and over the training images."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pathsegdiff.pipeline.tables.published import PublishedRow
+
+PLOTTED = "miou"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One line, of ours, of the paper's, or both.
+
+    Attributes:
+        name: Of ours in ``ROWS``, or the published one.
+        title: For people.
+        limit: Training images; None for all.
+        runs: Figures of the finished runs, as ``psd eval`` writes them.
+        planned: Runs.
+        published: The paper's line, or None.
+    """
+
+    name: str
+    title: str
+    limit: int | None
+    runs: tuple[dict[str, Any], ...]
+    planned: int
+    published: PublishedRow | None
+
+    def mean(self, column: str) -> float | None:
+        """Over the runs."""
+        return statistics.mean(run[column] for run in self.runs) if self.runs else None
+
+    @property
+    def images(self) -> int:
+        """That the first run was trained on."""
+        return int(self.runs[0]["training_images"])
+
+    def difference(self, column: str) -> float | None:
+        """Ours less the published one."""
+        ours = self.mean(column)
+        theirs = None if self.published is None else self.published.figures.get(column)
+        return None if ours is None or theirs is None else ours - theirs
+
+
+def draw_rows(rows: list[TableRow], file: Path) -> None:
+    """mIoU of every row of ours, lowest to highest run, and the published one beside it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 0.42 * len(rows) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        values = [run[PLOTTED] for run in row.runs]
+        if values:
+            mean = statistics.mean(values)
+            axes.errorbar(
+                mean,
+                place,
+                xerr=[[mean - min(values)], [max(values) - mean]],
+                fmt="o",
+                color="#0072B2",
+                capsize=4,
+            )
+        if row.published is not None and PLOTTED in row.published.figures:
+            axes.plot(row.published.figures[PLOTTED], place, "x", color="#D55E00")
+    few = any(row.limit is not None for row in rows)
+    axes.set_yticks(
+        range(len(rows)),
+        [
+            f"{row.title}, {row.limit or 'all'} images" if few and row.planned else row.title
+            for row in rows
+        ],
+    )
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("mIoU (dots: ours, lowest to highest run; crosses: published)")
+    FigureCanvasAgg(figure).print_png(str(file))
+
+
+def draw_few_labels(rows: list[TableRow], file: Path) -> None:
+    """mIoU over the number of training images that there really were, lowest to highest run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[int, float, float, float]]] = {}
+    for row in rows:
+        if row.runs:
+            values = [run[PLOTTED] for run in row.runs]
+            mean = statistics.mean(values)
+            point = row.images, mean, mean - min(values), max(values) - mean
+            lines.setdefault(row.name, []).append(point)
+    for name, points in lines.items():
+        x, mean, low, high = (list(values) for values in zip(*sorted(points), strict=True))
+        title = next(row.title for row in rows if row.name == name)
+        axes.errorbar(x, mean, yerr=[low, high], marker="o", capsize=3, label=title)
+    counts = sorted({point[0] for points in lines.values() for point in points})
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set(xlabel="training images", ylabel="mIoU")
+    axes.grid(alpha=0.3)
+    if lines:
+        axes.legend()
+    FigureCanvasAgg(figure).print_png(str(file))
