@@ -19,6 +19,7 @@ def reproduce() -> None:
       psd reproduce table1
       psd reproduce table4 --data-root ~/GlaS
       psd reproduce table2 --model models/ssl-ldm-brca --data-root ~/bcss --budget full
+      psd reproduce fig4 --data-root ~/GlaS
     """
 
 
@@ -193,3 +194,133 @@ def _make(
         make_runs(settings, jobs=jobs, log=click.echo)
     click.echo(write(settings), nl=False)
     click.echo(f"table, plot and report: {settings.out}")
+
+
+def _curve_options(name: str) -> Callable[[Any], Any]:
+    """What the curves have in common."""
+    options = [
+        click.option("--dataset", default="glas", show_default=True, envvar="DATASET"),
+        data_root_option,
+        click.option(
+            "--model",
+            default="tiny",
+            show_default=True,
+            envvar="MODEL",
+            help="A bundle's name or folder.",
+        ),
+        click.option(
+            "--folds",
+            metavar="K[,...]",
+            help="Hold out each in turn and score it [default: 0,1,2,3 of GlaS; else the "
+            "validation part].",
+        ),
+        click.option("--seeds", default="0", show_default=True, metavar="N[,...]"),
+        click.option(
+            "--budget",
+            type=click.Choice(["short", "full"]),
+            default="short",
+            show_default=True,
+            envvar="BUDGET",
+            help="Of each head: 200 steps on crops, or as the paper trains it.",
+        ),
+        precision_option,
+        click.option("--jobs", type=click.IntRange(1), help="Heads at a time."),
+        click.option(
+            "--out",
+            type=PATH,
+            default=Path("reproduction") / name,
+            show_default=True,
+            envvar="OUT",
+        ),
+    ]
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@reproduce.command()
+@_curve_options("fig4")
+@click.option("--t", default="0,25,50,100,200,400", show_default=True, metavar="T[,...]")
+def fig4(t: str, **options: Any) -> None:
+    """Figure 4: the diffusion timestep of the features.
+
+    \b
+    Example:
+      psd reproduce fig4 --data-root ~/GlaS
+    """
+    _curve("fig4", t=t, **options)
+
+
+@reproduce.command()
+@_curve_options("fig5")
+def fig5(**options: Any) -> None:
+    """Figure 5: each block of the UNet alone, and all of them.
+
+    \b
+    Example:
+      psd reproduce fig5 --data-root ~/GlaS
+    """
+    _curve("fig5", **options)
+
+
+@reproduce.command()
+@_curve_options("table5")
+@click.option("--lr", default="1e-3,1e-4,1e-5", show_default=True, metavar="X[,...]")
+def table5(lr: str, **options: Any) -> None:
+    """Table 5: the head's learning rate (the paper's is of BCSS, on validation).
+
+    \b
+    Example:
+      psd reproduce table5 --data-root ~/GlaS
+      psd reproduce table5 --dataset bcss --data-root ~/bcss --model models/ssl-ldm-brca
+    """
+    _curve("table5", lr=lr, **options)
+
+
+def _curve(
+    name: str,
+    *,
+    dataset: str,
+    data_root: Path | None,
+    model: str,
+    folds: str | None,
+    seeds: str,
+    budget: str,
+    precision: str,
+    jobs: int | None,
+    out: Path,
+    t: str = "50",
+    lr: str | None = None,
+) -> None:
+    """Extract what is not cached, then compare heads, both by a user's commands."""
+    from cli.main import run
+    from pathsegdiff.data.manifest import open_dataset
+    from pathsegdiff.pipeline.tables.curves import (
+        extraction_command,
+        published_note,
+        sweep_command,
+    )
+
+    split = open_dataset(dataset, data_root=data_root).manifest.default_train
+    timesteps = [part.strip() for part in t.split(",")]
+    extraction, stores = extraction_command(
+        dataset, data_root, model, split=split, timesteps=timesteps, folder=out / "features"
+    )
+    if folds is None and dataset == "glas":
+        folds = "0,1,2,3"
+    heads = sweep_command(
+        name, stores, split=split, folds=folds, seeds=seeds, rates=lr, budget=budget,
+        precision=precision, jobs=jobs, out=out,
+    )  # fmt: skip
+    for command in (extraction, heads):
+        click.echo(f"psd {' '.join(command)}")
+        code = run(command)
+        if code:
+            click.get_current_context().exit(code)
+    note = published_note(name)
+    if note:
+        click.echo(note)

@@ -14,7 +14,7 @@ import pytest
 
 from cli.main import run
 from pathsegdiff.errors import ConfigError
-from pathsegdiff.pipeline.tables import make, rows
+from pathsegdiff.pipeline.tables import curves, make, rows
 from pathsegdiff.pipeline.tables.make import make_runs, missing_things
 from pathsegdiff.pipeline.tables.parameters import parameters_table
 from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES
@@ -193,6 +193,40 @@ def test_an_interrupt_ends_every_command_with_a_checkpoint(folder, tmp_path):
     for seed in (0, 1):
         assert (out / "runs" / f"conditioned-seed{seed}" / "checkpoint.pt").exists()
         assert "Traceback" not in logs[seed].read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "lines"),
+    [
+        ("fig4", ["--t", "10,50"], 2),
+        ("fig5", [], 14),
+        ("table5", ["--lr", "1e-3,1e-4"], 2),
+    ],
+)
+def test_curves_are_sweeps_of_stores_that_are_extracted_once(
+    folder, tmp_path, monkeypatch, capsys, name, options, lines
+):
+    monkeypatch.setattr(curves, "_SHORT", "--steps 1 --batch-size 2 --crop 256 --keep last")
+    command = ["reproduce", name, "--dataset", str(folder / "data" / "discs.toml"), *options]
+    command += ["--model", str(folder / "micro"), "--out", str(tmp_path / "c"), "--jobs", "1"]
+    if name == "fig5":  # two of the fourteen heads are enough
+        real = curves.sweep_command
+        monkeypatch.setattr(
+            curves,
+            "sweep_command",
+            lambda *a, **k: [
+                "--taps=up_05" if part == "each" else part
+                for part in real(*a, **k)
+                if part != "--taps"
+            ],
+        )
+        lines = 1
+    assert run(command) == 0
+    said = capsys.readouterr().out
+    table = (tmp_path / "c" / "table.md").read_text().splitlines()
+    assert len([line for line in table if line.startswith("| ")]) == lines + 2
+    assert ("published (Danisetty et al. 2025, Table 5" in said) == (name == "table5")
+    assert len(list((tmp_path / "c" / "features").glob("*.zarr"))) == (2 if name == "fig4" else 1)
 
 
 def test_parameters_are_counted_in_the_networks():
