@@ -114,6 +114,7 @@ def metrics_json(
     confusions: np.ndarray,
     intervals: Mapping[str, Interval],
     images: Sequence[Mapping[str, object]],
+    units: Sequence[str] | None = None,
     objects: SplitObjects | None = None,
     object_intervals: Mapping[str, Interval] | None = None,
     notes: Sequence[str] = (),
@@ -127,6 +128,7 @@ def metrics_json(
         confusions: (N, K, K) counts, one matrix per image.
         intervals: From ``intervals.pixel_intervals``.
         images: Rows of ``image_row``.
+        units: What the intervals draw, one name per image; None where it is the images.
         objects, object_intervals: Where the data set counts objects.
         notes: What a reader must know before the numbers, such as random weights.
         provenance: Settings, fingerprints, versions; anything JSON can hold.
@@ -149,7 +151,10 @@ def metrics_json(
         "confusion": {"names": list(names), "rows": "target", "counts": pooled.confusion},
         "variants": {**pooled.variants, "image_mean": image_means(confusions)},
         "objects": None,
-        "images": list(images),
+        "images": [
+            {**image, "confusion": counts, **({} if units is None else {"unit": units[number]})}
+            for number, (image, counts) in enumerate(zip(images, confusions.tolist(), strict=True))
+        ],
         "notes": list(notes),
         "provenance": dict(provenance or {}),
     }

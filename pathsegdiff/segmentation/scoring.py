@@ -205,6 +205,7 @@ def score_samples(
         confusions=stacked,
         intervals=intervals,
         images=rows,
+        units=groups,
         objects=split_objects,
         object_intervals=limits,
         notes=notes,

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pathsegdiff.errors import RunError
+from pathsegdiff.evaluation.compare import compare, read_scored
 from pathsegdiff.files import replace_file
 from pathsegdiff.pipeline.tables.make import evaluated, is_finished
 from pathsegdiff.pipeline.tables.plots import PLOTTED, TableRow, draw_few_labels, draw_rows
@@ -131,9 +133,10 @@ def notes_of(settings: TableSettings, rows: list[TableRow]) -> list[str]:
 
 def _figures(settings: TableSettings, job: Job, eval_split: str) -> dict[str, Any]:
     """The metrics of a finished run, and how many images it was trained on."""
-    found = json.loads(settings.metrics(job, eval_split).read_text(encoding="utf-8"))
+    file = settings.metrics(job, eval_split)
+    found = json.loads(file.read_text(encoding="utf-8"))
     config = json.loads((settings.run(job) / "config.json").read_text(encoding="utf-8"))
-    return {**found, "training_images": len(config["samples"]["train"])}
+    return {**found, "training_images": len(config["samples"]["train"]), "path": str(file)}
 
 
 def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
@@ -145,11 +148,13 @@ def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
             *(["images"] if few else []),
             *(f"{TITLES[column]} {kind}" for column in COLUMNS for kind in ("ours", "paper")),
             *([] if other else ["mIoU, ours less paper"]),
+            "mIoU less PathSegDiff's here (paired 95 % interval)",
             "mIoU, lowest to highest run",
             "mIoU, 95 % interval over images",
             "runs",
         ]
     ]
+    ours = next((row for row in rows if row.name == "conditioned" and row.limit is None), None)
     for row in rows:
         images = ["" if not row.planned else "all" if row.limit is None else str(row.limit)]
         values: list[str] = []
@@ -162,11 +167,24 @@ def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
                 *(images if few else []),
                 *values,
                 *([] if other else [_signed(row.difference(PLOTTED))]),
+                _less_ours(row, ours),
                 *_spread(row),
                 _complete(row),
             ]
         )
     return lines
+
+
+def _less_ours(row: TableRow, ours: TableRow | None) -> str:
+    """Of the first runs, image by image."""
+    if ours is None or row is ours or row.limit is not None or not row.runs or not ours.runs:
+        return ""
+    try:
+        scored = [read_scored(Path(one.runs[0]["path"])) for one in (row, ours)]
+        found = compare(*scored).differences[PLOTTED]
+    except RunError:  # one of them was scored by an older version
+        return ""
+    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 def _spread(row: TableRow) -> list[str]:

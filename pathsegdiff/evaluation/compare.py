@@ -1,0 +1,165 @@
+"""Two evaluations on the same images: what differs, and how sure that is.
+
+The intervals are of the difference, both runs with the same draw of images (``paired_difference``):
+what makes an image hard for both cancels out.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pathsegdiff.errors import RunError
+from pathsegdiff.evaluation.confusion import class_statistics, pooled_statistics
+from pathsegdiff.evaluation.intervals import Interval, Statistics, paired_difference
+
+METRICS_FILE = "metrics.json"
+PRIMARY = ("accuracy", "dice", "miou", "f1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """An evaluation as ``psd eval`` and ``psd baseline`` leave it.
+
+    Attributes:
+        path: Of the file.
+        part: What was scored.
+        names: Of the K classes.
+        sample_ids: N images.
+        units: What a bootstrap draws, one name per image.
+        confusions: (N, K, K) counts.
+        miou: (N,) of each image; NaN where it has none.
+    """
+
+    path: Path
+    part: str
+    names: tuple[str, ...]
+    sample_ids: tuple[str, ...]
+    units: tuple[str, ...]
+    confusions: np.ndarray
+    miou: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The first less the second.
+
+    Attributes:
+        differences: Of accuracy, Dice, mIoU and F1, pooled.
+        class_iou: Of each class.
+        values, class_values: (first, second) of each of them.
+        images: (sample, difference of its mIoU), the first's best image first.
+    """
+
+    differences: dict[str, Interval]
+    class_iou: dict[str, Interval]
+    values: dict[str, tuple[float, float]]
+    class_values: dict[str, tuple[float, float]]
+    images: tuple[tuple[str, float], ...]
+
+
+def read_scored(path: Path, part: str | None = None) -> Scored:
+    """Read an evaluation.
+
+    Args:
+        path: A run, its eval folder, or the metrics.json in it.
+        part: What was scored, where a run has several evaluations.
+
+    Raises:
+        RunError: If there is none, there are several, or it is damaged or of an older version.
+    """
+    file = _file_of(path, part)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        images: list[Mapping[str, Any]] = found["images"]
+        if any("confusion" not in image for image in images):
+            raise RunError(f"{file} is of an older version; score the run again (`psd eval`)")
+        names = tuple(str(name) for name in found["confusion"]["names"])
+        confusions = np.array([image["confusion"] for image in images], np.int64)
+        if not images or confusions.shape != (len(images), len(names), len(names)):
+            raise ValueError(f"confusion matrices of shape {confusions.shape}")
+        return Scored(
+            path=file,
+            part=str(found["provenance"]["split"]),
+            names=names,
+            sample_ids=tuple(str(image["sample_id"]) for image in images),
+            units=tuple(str(image.get("unit", image["sample_id"])) for image in images),
+            confusions=confusions,
+            miou=np.array([image["miou"] for image in images], np.float64),
+        )
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"{file} is damaged ({reason:.200}); score the run again") from None
+
+
+def compare(first: Scored, second: Scored, *, draws: int = 2000, seed: int = 0) -> Comparison:
+    """Hold two evaluations against each other.
+
+    Args:
+        draws, seed: Of the bootstrap.
+
+    Raises:
+        RunError: If they are not of the same images and classes.
+    """
+    if first.names != second.names:
+        raise RunError(
+            f"the classes differ: {', '.join(first.names)} in {first.path}, "
+            f"{', '.join(second.names)} in {second.path}"
+        )
+    places = {sample: place for place, sample in enumerate(second.sample_ids)}
+    odd = sorted(set(first.sample_ids) ^ set(second.sample_ids))
+    if odd:
+        raise RunError(
+            f"{first.path} and {second.path} are not of the same images: {odd[0]} is in one of "
+            f"them only ({len(odd)} are)"
+        )
+    order = [places[sample] for sample in first.sample_ids]
+    theirs = second.confusions[order]
+    if not np.array_equal(first.confusions.sum(axis=2), theirs.sum(axis=2)):
+        raise RunError(f"{first.path} and {second.path} were scored against different labels")
+
+    def class_iou(sums: np.ndarray) -> dict[str, np.ndarray]:
+        iou = class_statistics(sums)["iou"]
+        return {name: iou[..., k] for k, name in enumerate(first.names)}
+
+    def pooled(sums: np.ndarray) -> dict[str, np.ndarray]:
+        found = pooled_statistics(sums)
+        return {name: found[name] for name in PRIMARY}
+
+    def both(statistics: Statistics) -> dict[str, tuple[float, float]]:
+        one, other = (statistics(sums.sum(axis=0)) for sums in (first.confusions, theirs))
+        return {name: (float(one[name]), float(other[name])) for name in one}
+
+    settings: dict[str, Any] = {"groups": first.units, "draws": draws, "seed": seed}
+    by_image = first.miou - second.miou[order]
+    ranked = sorted(
+        (pair for pair in zip(first.sample_ids, by_image.tolist(), strict=True)
+         if np.isfinite(pair[1])),
+        key=lambda pair: -pair[1],
+    )  # fmt: skip
+    return Comparison(
+        differences=paired_difference(first.confusions, theirs, pooled, **settings),
+        class_iou=paired_difference(first.confusions, theirs, class_iou, **settings),
+        values=both(pooled),
+        class_values=both(class_iou),
+        images=tuple(ranked),
+    )
+
+
+def _file_of(path: Path, part: str | None) -> Path:
+    if path.is_file():
+        return path
+    if (path / METRICS_FILE).is_file():
+        return path / METRICS_FILE
+    pattern = f"eval-{part}" if part is not None else "eval-*"
+    found = sorted(path.glob(f"{pattern}/{METRICS_FILE}"))
+    if not found:
+        what = "" if part is None else f" of {part}"
+        raise RunError(f"{path} has no evaluation{what}; make one with `psd eval --run {path}`")
+    if len(found) > 1:
+        parts = ", ".join(file.parent.name.removeprefix("eval-") for file in found)
+        raise RunError(f"{path} has several evaluations ({parts}); choose one with --split")
+    return found[0]

@@ -1,0 +1,137 @@
+"""Two runs on the same images: the difference, its interval, and what cannot be compared."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cli.main import run
+from pathsegdiff.errors import RunError
+from pathsegdiff.evaluation.compare import compare, read_scored
+from pathsegdiff.evaluation.confusion import confusion_matrix
+from pathsegdiff.evaluation.intervals import pixel_intervals
+from pathsegdiff.evaluation.report import image_row, metrics_json
+
+NAMES = ("background", "gland")
+RNG = np.random.default_rng(0)
+TARGETS = RNG.integers(0, 3, (12, 20, 20))  # 2: don't care
+
+
+def predicted(share, seed):
+    """The target with a share of its pixels drawn at random."""
+    rng = np.random.default_rng(seed)
+    wrong = rng.random(TARGETS.shape) < share
+    return np.where(wrong, rng.integers(0, 2, TARGETS.shape), TARGETS.clip(max=1))
+
+
+def write_eval(folder, labels, *, names=NAMES, ids=None, units=None, part="test", targets=TARGETS):
+    confusions = np.stack([confusion_matrix(t, p, 2) for t, p in zip(targets, labels, strict=True)])
+    ids = [f"s{number}" for number in range(len(labels))] if ids is None else ids
+    rows = [image_row(name, c, names) for name, c in zip(ids, confusions, strict=True)]
+    metrics_json(
+        folder / f"eval-{part}" / "metrics.json",
+        names=names,
+        confusions=confusions,
+        intervals=pixel_intervals(confusions, groups=units),
+        images=rows,
+        units=units,
+        provenance={"split": part},
+    )
+    return folder
+
+
+@pytest.fixture
+def better(tmp_path):
+    return write_eval(tmp_path / "better", predicted(0.2, 1))
+
+
+@pytest.fixture
+def worse(tmp_path):
+    return write_eval(tmp_path / "worse", predicted(0.5, 2))
+
+
+def test_a_clear_difference_is_one_and_none_is_none(better, worse, tmp_path):
+    found = compare(read_scored(better), read_scored(worse))
+    first, second = (json.loads((run / "eval-test/metrics.json").read_text()) for run in
+                     (better, worse))  # fmt: skip
+    difference = found.differences["miou"]
+    assert difference.value == pytest.approx(first["miou"] - second["miou"])
+    assert 0 < difference.low < difference.value < difference.high
+    assert found.values["miou"] == pytest.approx((first["miou"], second["miou"]))
+    per_class = [c["iou"] for c in first["per_class"]]
+    assert [v[0] for v in found.class_values.values()] == pytest.approx(per_class)
+    assert set(found.class_iou) == set(NAMES)
+    assert len(found.images) == 12
+    assert found.images[0][1] == max(value for _, value in found.images)
+    same = compare(read_scored(better), read_scored(better)).differences["miou"]
+    assert same.value == same.low == same.high == 0
+
+
+def test_images_are_matched_by_name_whatever_their_order(better, worse, tmp_path):
+    labels = predicted(0.5, 2)
+    ids = [f"s{number}" for number in range(12)]
+    turned = write_eval(tmp_path / "turned", labels[::-1], ids=ids[::-1], targets=TARGETS[::-1])
+    expected = compare(read_scored(better), read_scored(worse))
+    assert compare(read_scored(better), read_scored(turned)) == expected
+
+
+def test_sources_are_drawn_as_a_whole(tmp_path):
+    units = [f"slide{number // 6}" for number in range(12)]
+    first = read_scored(write_eval(tmp_path / "a", predicted(0.2, 1), units=units))
+    second = read_scored(write_eval(tmp_path / "b", predicted(0.5, 2), units=units))
+    assert first.units == tuple(units)
+    found = compare(first, second).differences["miou"]
+    # Two sources: every draw is one of them twice, or both.
+    halves = []
+    for part in (slice(0, 6), slice(6, 12)):
+        a, b = (s.confusions[part].sum(axis=0) for s in (first, second))
+        halves.append(np.mean(np.diag(a) / (a.sum(0) + a.sum(1) - np.diag(a)))
+                      - np.mean(np.diag(b) / (b.sum(0) + b.sum(1) - np.diag(b))))  # fmt: skip
+    assert (found.low, found.high) == pytest.approx((min(halves), max(halves)))
+
+
+def test_what_cannot_be_compared_is_refused(better, worse, tmp_path):
+    few = write_eval(tmp_path / "few", predicted(0.2, 1)[:5], targets=TARGETS[:5])
+    with pytest.raises(RunError, match=r"not of the same images: s10 is in one .* \(7 are\)"):
+        compare(read_scored(better), read_scored(few))
+    named = write_eval(tmp_path / "named", predicted(0.2, 1), names=("background", "tumor"))
+    with pytest.raises(RunError, match="the classes differ: background, gland in"):
+        compare(read_scored(better), read_scored(named))
+    other = write_eval(tmp_path / "other", predicted(0.2, 1), targets=1 - TARGETS.clip(max=1))
+    with pytest.raises(RunError, match="were scored against different labels"):
+        compare(read_scored(better), read_scored(other))
+    with pytest.raises(RunError, match="has no evaluation of val; make one with `psd eval"):
+        read_scored(better, "val")
+    write_eval(better, predicted(0.2, 1), part="val")
+    with pytest.raises(RunError, match=r"several evaluations \(test, val\); choose one with --sp"):
+        read_scored(better)
+    assert read_scored(better, "val").part == "val"
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}", '{"images": []}', "[" * 100_000])
+def test_a_damaged_file_is_named(tmp_path, content):
+    file = tmp_path / "metrics.json"
+    file.write_text(content)
+    with pytest.raises(RunError, match=r"metrics.json is damaged \("):
+        read_scored(file)
+
+
+def test_an_older_file_is_told_from_a_damaged_one(better):
+    file = better / "eval-test" / "metrics.json"
+    document = json.loads(file.read_text())
+    for image in document["images"]:
+        del image["confusion"]
+    file.write_text(json.dumps(document))
+    with pytest.raises(RunError, match="older version; score the run again"):
+        read_scored(better)
+
+
+def test_the_command_says_what_differs(better, worse, capsys):
+    assert run(["compare", str(better), str(worse), "--draws", "200"]) == 0
+    said = capsys.readouterr().out
+    assert "test, 12 images: " in said
+    assert said.count("  differs") == 6
+    assert "mIoU is higher in the first on 12 of 12 images" in said
+    assert run(["compare", str(better), str(better)]) == 0
+    assert "differs" not in capsys.readouterr().out
+    assert run(["compare", str(better), str(better / "none")]) == 1
