@@ -32,10 +32,10 @@ def test_table_2_says_what_is_missing_and_how_to_get_it(tmp_path, monkeypatch, c
     monkeypatch.delenv("PSD_DATA", raising=False)
     assert run(["reproduce", "table2"]) == 1
     err = capsys.readouterr().err
-    assert "missing: model bundle ssl-ldm-brca" in err
+    assert "missing: model ssl-ldm-brca" in err
     assert "psd models import --ldm last.ckpt" in err
     assert "missing: data set bcss" in err
-    assert err.strip().splitlines()[-1].startswith("Error: table 2 needs 2 more things")
+    assert err.strip().splitlines()[-1].startswith("Error: table2 needs 2 more things")
 
 
 def test_a_file_where_a_folder_has_to_be_is_one_line(tmp_path, capsys):
