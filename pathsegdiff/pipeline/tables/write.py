@@ -46,7 +46,7 @@ def collect(settings: TableSettings) -> list[TableRow]:
                 if is_finished(settings, job, eval_split)
             )
             printed = known.get(name) if limit is None else None
-            title = ROWS[name].title if printed is None else printed.name
+            title = known[name].name if name in known else ROWS[name].title
             found.append(
                 TableRow(
                     name=name,
