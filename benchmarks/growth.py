@@ -169,6 +169,7 @@ def verify(place: Place) -> float:
 def train(place: Place) -> float:
     """One epoch of a head on all samples of the training split."""
     store = FeatureStore.open(place.store)
+    trained = [sample for sample in store.samples() if sample.split == "train"]
     settings = TrainSettings(
         split="train",
         val="0",
@@ -181,7 +182,8 @@ def train(place: Place) -> float:
     )
     begin = time.perf_counter()
     train_head(store, place.run, settings)
-    return time.perf_counter() - begin
+    # As if every sample had been trained on: a fifth is of the split test.
+    return (time.perf_counter() - begin) * len(store.samples()) / len(trained)
 
 
 def table(rows: list[dict[str, Any]], sizes: list[int], patches: int) -> str:

@@ -48,7 +48,7 @@ def compare(first: Path, second: Path, part: str | None, draws: int) -> None:
     ]
     width = max(len(title) for title, _, _ in lines)
     for title, (mine, theirs), interval in lines:
-        sure = "" if interval.low <= 0 <= interval.high else "  differs"
+        sure = "  differs" if interval.low > 0 or interval.high < 0 else ""
         click.echo(
             f"  {title:<{width}}  {mine:.4f} - {theirs:.4f} = {interval.value:+.4f}  "
             f"({interval.low:+.4f} to {interval.high:+.4f}){sure}"

@@ -137,8 +137,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 _OUT_OF_MEMORY = (
-    "out of memory; use a smaller --batch-size (train-head: a smaller --crop too). "
-    "Everything finished so far is kept"
+    "out of memory; use a smaller --batch-size (train-head: a smaller --crop too; extract: fewer "
+    "timesteps at once). Everything finished so far is kept"
 )
 _USER_ERRNOS = {
     errno.ENOSPC: "no space left on the disk; make room and run the same command again",

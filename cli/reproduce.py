@@ -40,7 +40,9 @@ def table1(out: Path) -> None:
     click.echo(text, nl=False)
 
 
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+def _numbers(
+    ctx: click.Context, param: click.Parameter | None, value: str | None
+) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in value.split(",")) if value else ()
     except ValueError:
@@ -78,9 +80,8 @@ def _options(table: str, dataset: str, model: str, rows: str) -> Callable[[Any],
         click.option(
             "--random",
             type=PATH,
-            default=Path("models/tiny-random"),
-            show_default=True,
-            help="Bundle of the model's shapes with random weights, for the row random.",
+            help="Bundle of the model's shapes with random weights, for the row random [default: "
+            "models/PRESET-random, made where missing].",
         ),
         click.option("--t", "timestep", type=int, default=50, show_default=True),
         click.option(
@@ -113,7 +114,7 @@ def _options(table: str, dataset: str, model: str, rows: str) -> Callable[[Any],
             default="short",
             show_default=True,
             envvar="BUDGET",
-            help="Of each run: minutes on two cores, or as the paper.",
+            help="Of each run: minutes on two cores, or hours (docs/reproduction.md).",
         ),
         precision_option,
         click.option(
@@ -175,25 +176,29 @@ def _make(
     table_only: bool, **others: Any,
 ) -> None:  # fmt: skip
     from pathsegdiff.device import available_cores, resolve_device
-    from pathsegdiff.errors import DataError
-    from pathsegdiff.pipeline.tables.make import make_runs, missing_things
-    from pathsegdiff.pipeline.tables.rows import TableSettings
+    from pathsegdiff.errors import DataError, RunError
+    from pathsegdiff.pipeline.tables.make import make_runs, missing_things, plan_table
     from pathsegdiff.pipeline.tables.write import write
 
-    settings = TableSettings(
-        table=table, rows=tuple(rows.split(",")), limits=limit_images, **others
-    )
-    missing = missing_things(settings)
+    chosen = tuple(name.strip() for name in rows.split(","))
+    missing = missing_things(others["dataset"], others["data_root"], others["model"], chosen)
     for line in missing:
         click.echo(f"missing: {line}", err=True)
     if missing:
         raise DataError(f"{table} needs {len(missing)} more things, listed above")
+    settings = plan_table(table, rows=chosen, limits=limit_images, **others)
+    failed = []
     if not table_only:
-        if jobs is None:
-            jobs = available_cores() if resolve_device("auto").type == "cpu" else 1
-        make_runs(settings, jobs=jobs, log=click.echo)
+        on_cpu = resolve_device("auto").type == "cpu"
+        cores = available_cores()
+        jobs = jobs or (min(cores, len(settings.jobs())) if on_cpu else 1)
+        threads = max(1, cores // jobs) if on_cpu and jobs > 1 else None
+        failed = make_runs(settings, jobs=jobs, threads=threads, log=click.echo)
     click.echo(write(settings), nl=False)
     click.echo(f"table, plot and report: {settings.out}")
+    if failed:
+        logs = settings.out / "logs"
+        raise RunError(f"{len(failed)} runs failed ({', '.join(failed[:3])}); see {logs}")
 
 
 def _curve_options(name: str) -> Callable[[Any], Any]:
@@ -221,7 +226,7 @@ def _curve_options(name: str) -> Callable[[Any], Any]:
             default="short",
             show_default=True,
             envvar="BUDGET",
-            help="Of each head: 200 steps on crops, or as the paper trains it.",
+            help="Of each head: 200 steps on crops, or the paper's Adam on whole regions.",
         ),
         precision_option,
         click.option("--jobs", type=click.IntRange(1), help="Heads at a time."),
@@ -299,18 +304,26 @@ def _curve(
     """Extract what is not cached, then compare heads, both by a user's commands."""
     from cli.main import run
     from pathsegdiff.data.manifest import open_dataset
+    from pathsegdiff.diffusion.bundle import load_bundle
     from pathsegdiff.pipeline.tables.curves import (
         extraction_command,
         published_note,
         sweep_command,
     )
 
-    split = open_dataset(dataset, data_root=data_root).manifest.default_train
-    timesteps = [part.strip() for part in t.split(",")]
+    opened = open_dataset(dataset, data_root=data_root)
+    split = opened.manifest.default_train
+    timesteps = tuple(dict.fromkeys(_numbers(click.get_current_context(), None, t)))
     extraction, stores = extraction_command(
-        dataset, data_root, model, split=split, timesteps=timesteps, folder=out / "features"
+        dataset,
+        data_root,
+        model,
+        names=(opened.name, load_bundle(model).card.name),
+        split=split,
+        timesteps=timesteps,
+        folder=out / "features",
     )
-    if folds is None and dataset == "glas":
+    if folds is None and opened.name == "glas":
         folds = "0,1,2,3"
     heads = sweep_command(
         name, stores, split=split, folds=folds, seeds=seeds, rates=lr, budget=budget,

@@ -67,6 +67,30 @@ def test_a_clear_difference_is_one_and_none_is_none(better, worse, tmp_path):
     assert same.value == same.low == same.high == 0
 
 
+def test_a_class_that_is_nowhere_does_not_differ(tmp_path, capsys):
+    names = ("background", "gland", "rare")
+    for run_name, seed in (("a", 1), ("b", 2)):
+        confusions = np.stack(
+            [
+                np.pad(confusion_matrix(t, p, 2), (0, 1))
+                for t, p in zip(TARGETS, predicted(0.3, seed), strict=True)
+            ]
+        )
+        rows = [image_row(f"s{n}", c, names) for n, c in enumerate(confusions)]
+        metrics_json(
+            tmp_path / run_name / "metrics.json",
+            names=names,
+            confusions=confusions,
+            intervals=pixel_intervals(confusions),
+            images=rows,
+            provenance={"split": "test"},
+        )
+    assert run(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "IoU rare" in line)
+    assert "nan" in line
+    assert "differs" not in line
+
+
 def test_images_are_matched_by_name_whatever_their_order(better, worse, tmp_path):
     labels = predicted(0.5, 2)
     ids = [f"s{number}" for number in range(12)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cli.main import run
-from pathsegdiff.errors import ConfigError
+from pathsegdiff.errors import ConfigError, RunError
 from pathsegdiff.pipeline.tables import curves, make, rows
 from pathsegdiff.pipeline.tables.make import make_runs, missing_things
 from pathsegdiff.pipeline.tables.parameters import parameters_table
@@ -54,7 +54,12 @@ def settings_of(folder, out, **others):
         "table": "table4",
         "out": out,
         "dataset": str(folder / "data" / "discs.toml"),
+        "dataset_name": "discs",
+        "train_split": "train",
+        "eval_split": "test",
         "model": str(folder / "micro"),
+        "model_name": "micro",
+        "random": folder / "micro",
         "rows": ("conditioned", "null", "tokens"),
         "seeds": (0,),
         "precision": "float32",
@@ -65,10 +70,10 @@ def settings_of(folder, out, **others):
 def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path, quick):
     out = tmp_path / "t"
     settings = settings_of(folder, out)
-    make_runs(settings, jobs=1, log=lambda line: None)
+    make_runs(settings, jobs=1, threads=None, log=lambda line: None)
     assert [command[0] for command in quick] == ["extract", *["train-head", "eval"] * 3]
     text = write(settings)
-    make_runs(settings, jobs=1, log=lambda line: None)
+    make_runs(settings, jobs=1, threads=None, log=lambda line: None)
     assert len(quick) == 7
 
     found = {row.title: row for row in collect(settings)}
@@ -98,7 +103,7 @@ def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path,
 
 def test_folds_and_few_images_are_lines_and_runs_of_their_own(folder, tmp_path, quick):
     settings = settings_of(folder, tmp_path / "t", rows=("conditioned",), limits=(1, None))
-    make_runs(settings, jobs=1, log=lambda line: None)
+    make_runs(settings, jobs=1, threads=None, log=lambda line: None)
     ours = [row for row in collect(settings) if row.planned]
     assert [(row.limit, len(row.runs), row.planned) for row in ours] == [(None, 1, 1), (1, 1, 1)]
     config = json.loads((tmp_path / "t/runs/conditioned-1images-seed0/config.json").read_text())
@@ -108,11 +113,15 @@ def test_folds_and_few_images_are_lines_and_runs_of_their_own(folder, tmp_path, 
     assert "Incomplete (runs are missing): PathSegDiff" in write(more)
     held = Job(row="conditioned", seed=0, fold=2, limit=5)
     assert held.name == "conditioned-5images-fold2-seed0"
-    folded = replace(settings, folds=(2,), eval_split="test")
+    folded = replace(settings, folds=(2,))
     train, scored = folded.commands(held)
     assert train[train.index("--fold") + 1] == "2"
     assert "--split" not in scored
-    assert folded.metrics(held, "test").parent.name == "eval-fold2"
+    assert folded.metrics(held).parent.name == "eval-fold2"
+    # Heads and networks on images: the same images, whatever else the data set has.
+    (network,) = folded.commands(replace(held, row="res-unet"))
+    assert all(c[c.index("--split") + 1] == "train" for c in (train, network))
+    assert all(command.count("--split") == 1 for command in folded.extractions())
 
 
 def test_a_network_on_images_is_a_row_and_a_failure_costs_only_its_row(folder, tmp_path, quick):
@@ -121,7 +130,7 @@ def test_a_network_on_images_is_a_row_and_a_failure_costs_only_its_row(folder, t
     (tmp_path / "t/runs").mkdir(parents=True)
     (tmp_path / "t/runs/null-seed0").write_text("in the way")
     said = []
-    make_runs(settings, jobs=1, log=said.append)
+    make_runs(settings, jobs=1, threads=None, log=said.append)
     assert [line for line in said if line.startswith("failed: null-seed0, see ")]
     ours = {row.name: row for row in collect(settings) if row.planned}
     assert len(ours["res-unet"].runs) == 1
@@ -129,22 +138,47 @@ def test_a_network_on_images_is_a_row_and_a_failure_costs_only_its_row(folder, t
 
 
 def test_random_weights_are_made_in_the_models_shapes(folder, tmp_path, quick):
-    settings = settings_of(folder, tmp_path / "t", rows=("random",), random=folder / "micro")
-    make_runs(settings, jobs=1, log=lambda line: None)
+    settings = settings_of(folder, tmp_path / "t", rows=("random",))
+    make_runs(settings, jobs=1, threads=None, log=lambda line: None)
     assert quick[0][quick[0].index("--out") + 1].endswith("features/random.zarr")
     assert len(collect(settings)[-1].runs) == 1
     other = replace(settings, random=tmp_path / "none", out=tmp_path / "u")
-    with pytest.raises(make.RunError, match="no preset with the"):
-        make_runs(other, jobs=1, log=lambda line: None)
+    with pytest.raises(RunError, match="no preset with the"):
+        make_runs(other, jobs=1, threads=None, log=lambda line: None)
+    wrong = replace(settings, model="tiny", out=tmp_path / "v")
+    with pytest.raises(RunError, match="has not the shapes of tiny"):
+        make_runs(wrong, jobs=1, threads=None, log=lambda line: None)
 
 
-def test_what_is_missing_is_listed(folder, tmp_path, capsys):
-    settings = settings_of(folder, tmp_path, model="absent", dataset="glas", data_root=tmp_path)
-    model, data = missing_things(settings)
+def test_what_is_missing_is_listed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make, "find_spec", lambda name: None)
+    model, data, package = missing_things("glas", tmp_path, "absent", ["null", "res-unet"])
     assert "psd models import" in model
     assert str(tmp_path) in data
+    assert "pip install 'pathsegdiff[baselines]'" in package
     assert run(["reproduce", "table2", "--data-root", str(tmp_path), "--out", str(tmp_path)]) == 1
-    assert "table2 needs 2 more things, listed above" in capsys.readouterr().err
+    assert "table2 needs 3 more things, listed above" in capsys.readouterr().err
+
+
+def test_runs_of_other_settings_in_the_same_folder_are_refused(folder, tmp_path, quick, capsys):
+    command = ["reproduce", "table4", "--dataset", str(folder / "data" / "discs.toml")]
+    command += ["--rows", "null,null", "--jobs", "1", "--out", str(tmp_path / "t")]
+    model = ["--model", str(folder / "micro")]
+    assert run([*command, *model, "--seeds", "0,0"]) == 0
+    assert "| 1 of 1 |" in capsys.readouterr().out
+    done = len(quick)
+    for options, said in (
+        (["--model", "tiny"], "--model micro, this asks for tiny"),
+        ([*model, "--t", "100"], "--t 50, this asks for 100"),
+        ([*model, "--budget", "full"], "--budget short: "),
+    ):
+        assert run([*command, *options]) == 1
+        assert said in capsys.readouterr().err
+    assert len(quick) == done
+    (tmp_path / "t/runs/null-seed1").write_text("in the way")
+    assert run([*command, *model, "--seeds", "0,1"]) == 1
+    assert "1 runs failed (null-seed1)" in capsys.readouterr().err
+    assert "1 of 2, incomplete" in (tmp_path / "t" / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +193,7 @@ def test_options_that_cannot_be_are_refused(options, message, capsys):
     assert run(["reproduce", "table4", *options]) != 0
     assert message in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--budget must be one of short, full, got 'x'"):
-        TableSettings(table="table4", out=Path(), dataset="x", rows=("null",), budget="x")
+        settings_of(Path(), Path(), budget="x")
 
 
 def test_an_interrupt_ends_every_command_with_a_checkpoint(folder, tmp_path):

@@ -57,6 +57,17 @@ def environment(wheel, tmp_path_factory) -> Path:
     return folder
 
 
+def test_the_wheel_carries_every_module(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        there = set(archive.namelist())
+    modules = {
+        str(file.relative_to(ROOT)) for name in ("pathsegdiff", "cli") for file in
+        (ROOT / name).rglob("*.py")
+    }  # fmt: skip
+    assert len(modules) > 100
+    assert not modules - there
+
+
 def test_the_wheel_carries_manifests_and_the_demo_images(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for manifest in ("bcss", "demo", "ebhi", "ebhi300", "glas"):

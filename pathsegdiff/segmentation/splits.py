@@ -139,8 +139,12 @@ def source_ids(samples: Sequence[StoredSample], card: DatasetCard) -> list[str]:
     ids = [sample.sample_id for sample in samples]
     if card.rule.kind != "window":
         return ids
-    # A window's id is its source's and its place, SOURCE_rROWcCOLUMN.
-    return [re.sub(r"_r\d+c\d+$", "", name) for name in ids]
+    return [source_of_window(name) for name in ids]
+
+
+def source_of_window(sample_id: str) -> str:
+    """A window's id is its source's and its place, SOURCE_rROWcCOLUMN."""
+    return re.sub(r"_r\d+c\d+$", "", sample_id)
 
 
 def parse_fraction(val: str) -> float | None:

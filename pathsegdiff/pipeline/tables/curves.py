@@ -7,6 +7,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from pathsegdiff.features.extract import store_name
+from pathsegdiff.features.stage_one import View
+
 #: (accuracy, mIoU, Dice) on the validation part of BCSS, by learning rate (Table 5).
 PUBLISHED_RATES = {
     "1e-3": (0.819, 0.632, 0.769),
@@ -14,6 +17,7 @@ PUBLISHED_RATES = {
     "1e-5": (0.821, 0.638, 0.774),
 }
 _SHORT = "--steps 200 --batch-size 4 --crop 256 --augment flips --keep last"
+_FULL = "--crop none --batch-size 2"
 _RATE = "--lr 1e-3 --schedule cosine"
 
 
@@ -22,17 +26,23 @@ def extraction_command(
     data_root: Path | None,
     model: str,
     *,
+    names: tuple[str, str],
     split: str,
-    timesteps: Sequence[str],
+    timesteps: Sequence[int],
     folder: Path,
 ) -> tuple[list[str], list[Path]]:
-    """Arguments of ``psd``, and the stores that it fills, one for each timestep."""
-    stem, name = Path(dataset).stem, Path(model).name
-    stores = [folder / f"{stem}-{name}-t{timestep}.zarr" for timestep in timesteps]
+    """Arguments of ``psd``, and the stores that it fills, one for each timestep.
+
+    Args:
+        names: Of the data set and the model, as their manifest and card say.
+        timesteps: None twice.
+    """
+    views = [View(timestep=timestep, conditioning="encoder") for timestep in timesteps]
+    stores = [folder / store_name(*names, view) for view in views]
     root = [] if data_root is None else ["--data-root", str(data_root)]
     out = folder if len(stores) > 1 else stores[0]
     command = ["extract", "--dataset", dataset, *root, "--split", split, "--model", model]
-    return [*command, "--t", ",".join(timesteps), "--out", str(out)], stores
+    return [*command, "--t", ",".join(map(str, timesteps)), "--out", str(out)], stores
 
 
 def sweep_command(
@@ -53,7 +63,7 @@ def sweep_command(
     Args:
         name: "fig4" (a store for each timestep), "fig5" (each tap) or "table5" (learning rates).
         rates: Of table5.
-        budget: "short", or "full" for the paper's training.
+        budget: "short", or "full" for the paper's Adam on whole regions.
     """
     command = ["sweep", "--split", split, "--seed", seeds, "--precision", precision]
     for store in stores:
@@ -62,8 +72,7 @@ def sweep_command(
         command += ["--taps", "each"]
     if folds:
         command += ["--fold", folds]
-    if budget == "short":
-        command += shlex.split(_SHORT)
+    command += shlex.split(_SHORT if budget == "short" else _FULL)
     if rates is not None:
         command += ["--lr", rates]
     elif budget == "short":

@@ -1,5 +1,6 @@
 """Make a table: what is missing, the stores, the runs, and what came of them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,14 +10,17 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from pathsegdiff.data.manifest import Dataset, open_dataset
+from pathsegdiff.data.manifest import open_dataset
 from pathsegdiff.diffusion.bundle import init_bundle, load_bundle
 from pathsegdiff.errors import BundleError, DataError, RunError
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
-from pathsegdiff.pipeline.tables.rows import Job, TableSettings
+from pathsegdiff.pipeline.tables.rows import ROWS, Job, TableSettings, check_rows
+from pathsegdiff.segmentation.runs import write_json
 
 Log = Callable[[str], None]
 _PAPERS_WEIGHTS = (
@@ -29,6 +33,11 @@ _PAPERS_WEIGHTS = (
 #: A command that was told to end has so many seconds for its last checkpoint.
 _LAST_WORDS = 120
 _LOOK_EVERY = 0.2
+#: In the table's folder: the settings of its runs.
+SIGNATURE_FILE = "settings.json"
+_BASELINES = "segmentation_models_pytorch"
+#: Presets by their channels.
+_PRESETS = {1296: "tiny", 7296: "paper"}
 
 
 @dataclass(kw_only=True)
@@ -78,61 +87,143 @@ class _Running:
             time.sleep(0.05)
 
 
-def missing_things(settings: TableSettings) -> list[str]:
+def missing_things(
+    dataset: str, data_root: Path | None, model: str, rows: Sequence[str]
+) -> list[str]:
     """What is not there, each in one line with how to get it; empty where all is."""
+    check_rows(rows)
     missing = []
-    if settings.stores():
+    if any(ROWS[name].store is not None for name in rows):
         try:
-            load_bundle(settings.model)
+            load_bundle(model)
         except BundleError as error:
-            missing.append(f"model {settings.model} ({error}); {_PAPERS_WEIGHTS}")
+            missing.append(f"model {model} ({error}); {_PAPERS_WEIGHTS}")
     try:
-        _dataset(settings.dataset, settings.data_root)
+        open_dataset(dataset, data_root=data_root)
     except DataError as error:
         missing.append(str(error))
+    if any(ROWS[name].store is None for name in rows) and not find_spec(_BASELINES):
+        missing.append(f"package {_BASELINES}: pip install 'pathsegdiff[baselines]'")
     return missing
 
 
-def make_runs(settings: TableSettings, *, jobs: int, log: Log) -> None:
+def plan_table(
+    table: str,
+    *,
+    dataset: str,
+    data_root: Path | None = None,
+    eval_split: str | None = None,
+    model: str,
+    random: Path | None = None,
+    rows: tuple[str, ...],
+    **others: Any,
+) -> TableSettings:
+    """Fill in what data set and model decide: names, splits, the bundle of random weights.
+
+    Args:
+        others: Further fields of ``TableSettings``.
+
+    Raises:
+        DataError, BundleError, ConfigError: If data set, model or a setting cannot be.
+        RunError: If the folder holds a table that was made with other settings.
+    """
+    opened = open_dataset(dataset, data_root=data_root)
+    check_rows(rows)
+    name = preset = "none"
+    if any(ROWS[row].store is not None for row in rows):
+        card = load_bundle(model).card
+        name, preset = card.name, _PRESETS.get(card.num_channels, "none")
+    settings = TableSettings(
+        table=table,
+        dataset=dataset,
+        dataset_name=opened.name,
+        data_root=data_root,
+        train_split=opened.manifest.default_train,
+        eval_split=eval_split or opened.manifest.default_eval,
+        model=model,
+        model_name=name,
+        random=random or Path("models") / f"{preset}-random",
+        rows=rows,
+        **others,
+    )
+    _refuse_another(settings)
+    return settings
+
+
+def make_runs(settings: TableSettings, *, jobs: int, threads: int | None, log: Log) -> list[str]:
     """Extract, train and score what is not finished; a run that fails does not stop the others.
 
     Args:
-        jobs: Runs at a time; one thread each where there are several.
+        jobs: Runs at a time.
+        threads: Of each; None for torch's own choice.
         log: Called with a line for each command that begins or fails.
+
+    Returns:
+        Names of the runs that failed.
 
     Raises:
         RunError: If a store cannot be filled.
         KeyboardInterrupt: After Ctrl-C, when every run has left a checkpoint.
     """
-    dataset = _dataset(settings.dataset, settings.data_root)
-    eval_split = evaluated(settings)
     logs = settings.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    todo = [job for job in settings.jobs() if not is_finished(settings, job, eval_split)]
+    write_json(settings.out / SIGNATURE_FILE, _signature(settings))
+    todo = [job for job in settings.jobs() if not is_finished(settings, job)]
     running = _Running()
     with deferred_interrupt() as interrupt, ThreadPoolExecutor(jobs) as pool:
         try:
             if todo and settings.stores():
-                filling = partial(_fill_stores, settings, dataset, eval_split, running, logs, log)
-                _wait([pool.submit(filling)], interrupt)
-            one = partial(_one, settings, running, logs, 1 if jobs > 1 else None, log)
+                _wait([pool.submit(_fill_stores, settings, running, logs, log)], interrupt)
+            one = partial(_one, settings, running, logs, threads, log)
             _wait([pool.submit(one, job) for job in todo], interrupt)
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
             running.stop()
             raise
+    return [job.name for job in todo if not is_finished(settings, job)]
 
 
-def evaluated(settings: TableSettings) -> str:
-    """The split that the table scores."""
-    if settings.eval_split is not None:
-        return settings.eval_split
-    return _dataset(settings.dataset, settings.data_root).manifest.default_eval
-
-
-def is_finished(settings: TableSettings, job: Job, eval_split: str) -> bool:
+def is_finished(settings: TableSettings, job: Job) -> bool:
     """Whether a run was trained to its end and scored."""
     result = settings.run(job) / "result.json"
-    return result.exists() and settings.metrics(job, eval_split).exists()
+    return result.exists() and settings.metrics(job).exists()
+
+
+def _signature(settings: TableSettings) -> dict[str, Any]:
+    """Of all rows that the folder has seen: networks on images have no model."""
+    known = _known_signature(settings.out)
+    found = settings.signature()
+    if known is not None and not settings.stores():
+        found["--model"] = known["--model"]
+    return found
+
+
+def _known_signature(out: Path) -> dict[str, Any] | None:
+    file = out / SIGNATURE_FILE
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{file} is damaged ({error}); choose another --out") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{file} is damaged; choose another --out")
+    return found
+
+
+def _refuse_another(settings: TableSettings) -> None:
+    """Finished runs are taken as they are, so they must be of these settings."""
+    known = _known_signature(settings.out)
+    if known is None:
+        return
+    for option, ours in settings.signature().items():
+        theirs = known.get(option)
+        unknown = option == "--model" and "none" in (ours, theirs)
+        if ours != theirs and not unknown:
+            raise RunError(
+                f"{settings.out} was made with {option} {theirs}, this asks for {ours}; choose "
+                "another --out"
+            )
 
 
 def _wait(futures: Sequence[Future[None]], interrupt: Interrupt) -> None:
@@ -145,40 +236,34 @@ def _wait(futures: Sequence[Future[None]], interrupt: Interrupt) -> None:
         interrupt.raise_if_requested()
 
 
-@cache  # what it warns of is said once
-def _dataset(name: str, root: Path | None) -> Dataset:
-    return open_dataset(name, data_root=root)
-
-
-def _fill_stores(
-    settings: TableSettings,
-    dataset: Dataset,
-    eval_split: str,
-    running: _Running,
-    logs: Path,
-    log: Log,
-) -> None:
-    if "random" in settings.stores() and not settings.random.exists():
-        init_bundle(_preset_of(settings), seed=0, out=settings.random)
-    splits = [dataset.manifest.default_train]
-    if not settings.folds:
-        splits.append(eval_split)
-    for command in settings.extractions(list(dict.fromkeys(splits))):
+def _fill_stores(settings: TableSettings, running: _Running, logs: Path, log: Log) -> None:
+    if "random" in settings.stores():
+        _make_random(settings)
+    for command in settings.extractions():
         log(_line(command))
         if running.start(command, logs / "extract.txt", None):
             raise RunError(f"a store is not whole, see {logs / 'extract.txt'}; run this again")
 
 
-def _preset_of(settings: TableSettings) -> str:
-    """The preset with the model's shapes."""
-    channels = load_bundle(settings.model).card.num_channels
-    presets = {1296: "tiny", 7296: "paper"}
-    if channels not in presets:
+def _make_random(settings: TableSettings) -> None:
+    """The bundle of random weights in the model's shapes, made where it is not there.
+
+    Raises:
+        RunError: If there is no preset of these shapes, or the bundle has others.
+    """
+    taps = load_bundle(settings.model).card.taps
+    if not settings.random.exists():
+        channels = sum(tap.channels for tap in taps)
+        if channels not in _PRESETS:
+            raise RunError(
+                f"there is no preset with the {channels} channels of {settings.model}: leave the "
+                "row random out, or make a bundle of its shapes and name it with --random"
+            )
+        init_bundle(_PRESETS[channels], seed=0, out=settings.random)
+    if load_bundle(settings.random).card.taps != taps:
         raise RunError(
-            f"there is no preset with the {channels} channels of {settings.model}: leave the row "
-            "random out, or make a bundle of its shapes and name it with --random"
+            f"--random {settings.random} has not the shapes of {settings.model}; name another"
         )
-    return presets[channels]
 
 
 def _one(
@@ -186,6 +271,8 @@ def _one(
 ) -> None:
     file = logs / f"{job.name}.txt"
     for command in settings.commands(job):
+        if running.stopped:
+            return
         log(_line(command))
         if running.start(command, file, threads):
             if not running.stopped:

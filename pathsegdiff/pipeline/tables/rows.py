@@ -5,10 +5,14 @@ A row is trained and scored by the same commands that a user would type: ``psd e
 """
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pathsegdiff.errors import ConfigError
+from pathsegdiff.features.extract import store_name
+from pathsegdiff.features.stage_one import View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +76,9 @@ BUDGETS = {
     ),
     "full": Budget(
         name="full",
-        text="a head as the paper trains it (Adam 1e-4, whole regions, the best on validation), a "
-        "network on images 8 hours, or until validation stops improving",
-        head=(),
+        text="a head with the paper's Adam at 1e-4 on whole regions, two at a time, the best on "
+        "validation; a network on images 8 hours, or until validation stops improving",
+        head=("--crop", "none", "--batch-size", "2"),
         baseline=tuple(shlex.split("--minutes 480 --size 768")),
     ),
 }
@@ -112,24 +116,33 @@ class TableSettings:
         table: Of ``published.TABLES``.
         out: Folder of stores, runs and the table.
         dataset: Name, or path of a manifest.
+        dataset_name: As the manifest says.
         data_root: Folder with its images, or None.
-        eval_split: Scored; None for the data set's own.
+        train_split, eval_split: Trained on, and scored where no fold is.
         model: Name or folder of a bundle.
-        random: Folder of a bundle with the model's shapes and random weights; made where missing.
+        model_name: As its card says.
+        random: Folder of a bundle with the model's shapes and random weights.
         timestep: Of the features.
         rows: Names of ``ROWS``.
-        seeds, folds, limits: Every combination is run; no fold for the evaluated split.
+        seeds, folds, limits: Every combination is run; no fold for the evaluated split. What is
+            given twice is run once.
         budget: Of ``BUDGETS``.
         precision: Of the training.
+
+    Raises:
+        ConfigError: If a row or the budget is unknown, or there is nothing to run.
     """
 
     table: str
     out: Path
     dataset: str
+    dataset_name: str
     data_root: Path | None = None
-    eval_split: str | None = None
-    model: str = "tiny"
-    random: Path = Path("models/tiny-random")
+    train_split: str
+    eval_split: str
+    model: str
+    model_name: str
+    random: Path
     timestep: int = 50
     rows: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -139,13 +152,25 @@ class TableSettings:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in self.rows:
-            if name not in ROWS:
-                raise ConfigError(f"no row is called {name!r}; there are {', '.join(ROWS)}")
-        if not self.rows or not self.seeds or not self.limits:
-            raise ConfigError("a table needs a row, a seed and a number of images at least")
+        check_rows(self.rows)
+        if not self.seeds or not self.limits:
+            raise ConfigError("a table needs a seed and a number of images at least")
         if self.budget not in BUDGETS:
             raise ConfigError(f"--budget must be one of {', '.join(BUDGETS)}, got {self.budget!r}")
+        for name in ("rows", "seeds", "folds", "limits"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+
+    def signature(self) -> dict[str, Any]:
+        """What every run in a folder must have in common, JSON types."""
+        budget = BUDGETS[self.budget]
+        return {
+            "--dataset": self.dataset_name,
+            "--eval-split": self.eval_split,
+            "--model": self.model_name,
+            "--t": self.timestep,
+            "--budget": f"{self.budget}: {shlex.join(budget.head)}; {shlex.join(budget.baseline)}",
+            "--precision": self.precision,
+        }
 
     def jobs(self) -> list[Job]:
         """Every run, one seed of all rows before the next."""
@@ -162,31 +187,29 @@ class TableSettings:
         return {store for row in self.rows if (store := ROWS[row].store) is not None}
 
     def store(self, kind: str) -> Path:
-        """Where a store is."""
+        """Where a store is, by the name that ``psd extract`` gives it."""
+        folder = self.out / "features"
         if kind == "random":
-            return self.out / "features" / "random.zarr"
-        null = "-null" if kind == "none" else ""
-        dataset, model = Path(self.dataset).stem, Path(self.model).name
-        return self.out / "features" / f"{dataset}-{model}-t{self.timestep}{null}.zarr"
+            return folder / "random.zarr"
+        view = View(timestep=self.timestep, conditioning=kind)
+        return folder / store_name(self.dataset_name, self.model_name, view)
 
     def run(self, job: Job) -> Path:
         """Folder of a run."""
         return self.out / "runs" / job.name
 
-    def metrics(self, job: Job, eval_split: str) -> Path:
+    def metrics(self, job: Job) -> Path:
         """The figures of a finished run."""
-        part = eval_split if job.fold is None else f"fold{job.fold}"
+        part = self.eval_split if job.fold is None else f"fold{job.fold}"
         return self.run(job) / f"eval-{part}" / "metrics.json"
 
-    def extractions(self, splits: list[str]) -> list[list[str]]:
-        """Commands that fill the stores.
-
-        Args:
-            splits: Of the data set that are trained on or scored.
-        """
+    def extractions(self) -> list[list[str]]:
+        """Commands that fill the stores."""
         stores = self.stores()
         common = ["extract", *self._data(), "--t", str(self.timestep)]
-        for split in splits:
+        # Folds are of the training split alone.
+        splits = [self.train_split, *([] if self.folds else [self.eval_split])]
+        for split in dict.fromkeys(splits):
             common += ["--split", split]
         commands = []
         if stores & {"encoder", "none"}:
@@ -203,22 +226,31 @@ class TableSettings:
     def commands(self, job: Job) -> list[list[str]]:
         """Commands that train and score a run, in this order."""
         row, budget, out = ROWS[job.row], BUDGETS[self.budget], str(self.run(job))
-        common = ["--seed", str(job.seed), "--precision", self.precision, "--out", out]
+        common = ["--split", self.train_split, "--seed", str(job.seed)]
+        common += ["--precision", self.precision, "--out", out]
         if job.limit is not None:
             common += ["--limit-images", str(job.limit)]
         if job.fold is not None:
             common += ["--fold", str(job.fold)]
-        scored = [] if self.eval_split is None or job.fold is not None else [self.eval_split]
         if row.store is None:
-            split = ["--eval-split", *scored] if scored else []
-            return [["baseline", job.row, *self._data(), *common, *split, *budget.baseline]]
+            scored = [] if job.fold is not None else ["--eval-split", self.eval_split]
+            return [["baseline", job.row, *self._data(), *common, *scored, *budget.baseline]]
         features = ["--features", str(self.store(row.store))]
-        split = ["--split", *scored] if scored else []
+        scored = [] if job.fold is not None else ["--split", self.eval_split]
         return [
             ["train-head", *features, *common, *row.arguments, *budget.head],
-            ["eval", "--run", out, *features, *split],
+            ["eval", "--run", out, *features, *scored],
         ]
 
     def _data(self) -> list[str]:
         root = [] if self.data_root is None else ["--data-root", str(self.data_root)]
         return ["--dataset", self.dataset, *root]
+
+
+def check_rows(rows: Sequence[str]) -> None:
+    """Raise ConfigError unless each is a name of ``ROWS`` and there is one."""
+    for name in rows:
+        if name not in ROWS:
+            raise ConfigError(f"no row is called {name!r}; there are {', '.join(ROWS)}")
+    if not rows:
+        raise ConfigError("a table needs a row at least")

@@ -12,21 +12,21 @@ from typing import Any
 from pathsegdiff.errors import RunError
 from pathsegdiff.evaluation.compare import compare, read_scored
 from pathsegdiff.files import replace_file
-from pathsegdiff.pipeline.tables.make import evaluated, is_finished
+from pathsegdiff.pipeline.tables.make import is_finished
 from pathsegdiff.pipeline.tables.plots import PLOTTED, TableRow, draw_few_labels, draw_rows
 from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES, TITLES
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
+from pathsegdiff.segmentation.splits import source_of_window
 
 FEW_LABELS = "few_labels.png"
 
 
 def collect(settings: TableSettings) -> list[TableRow]:
     """The published rows in their order, then ours that the paper does not have."""
-    eval_split = evaluated(settings)
     known = {row.ours: row for row in TABLES[settings.table].rows if row.ours is not None}
     found = []
     for published in TABLES[settings.table].rows:
-        if published.ours not in settings.rows:
+        if published.ours not in settings.rows or None not in settings.limits:
             found.append(
                 TableRow(
                     name=published.name,
@@ -40,11 +40,7 @@ def collect(settings: TableSettings) -> list[TableRow]:
     for name in settings.rows:
         for limit in settings.limits:
             jobs = [job for job in settings.jobs() if (job.row, job.limit) == (name, limit)]
-            runs = tuple(
-                _figures(settings, job, eval_split)
-                for job in jobs
-                if is_finished(settings, job, eval_split)
-            )
+            runs = tuple(_figures(settings, job) for job in jobs if is_finished(settings, job))
             printed = known.get(name) if limit is None else None
             title = known[name].name if name in known else ROWS[name].title
             found.append(
@@ -100,7 +96,7 @@ def notes_of(settings: TableSettings, rows: list[TableRow]) -> list[str]:
         f"{table.title.split(':', 1)[0]}; ours are pooled over the scored images, unweighted mean "
         "over classes; the interval is a bootstrap over the images of the first run.",
     ]
-    if Path(settings.dataset).stem != table.dataset:
+    if settings.dataset_name != table.dataset:
         notes.append(
             f"Ours were made on {settings.dataset}, not on {table.dataset}: they do not compare "
             "with the published figures."
@@ -131,17 +127,25 @@ def notes_of(settings: TableSettings, rows: list[TableRow]) -> list[str]:
     return notes
 
 
-def _figures(settings: TableSettings, job: Job, eval_split: str) -> dict[str, Any]:
+def _figures(settings: TableSettings, job: Job) -> dict[str, Any]:
     """The metrics of a finished run, and how many images it was trained on."""
-    file = settings.metrics(job, eval_split)
+    file = settings.metrics(job)
     found = json.loads(file.read_text(encoding="utf-8"))
     config = json.loads((settings.run(job) / "config.json").read_text(encoding="utf-8"))
-    return {**found, "training_images": len(config["samples"]["train"]), "path": str(file)}
+    return {**found, "training_images": _images(config), "path": str(file)}
+
+
+def _images(config: dict[str, Any]) -> int:
+    """That a run was trained on; windows of one image count once."""
+    samples = config["samples"]["train"]
+    if config["dataset"]["rule"]["kind"] != "window":
+        return len(samples)
+    return len({source_of_window(sample) for sample in samples})
 
 
 def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
     few = settings.limits != (None,)
-    other = Path(settings.dataset).stem != TABLES[settings.table].dataset
+    other = settings.dataset_name != TABLES[settings.table].dataset
     lines = [
         [
             "row",
@@ -182,8 +186,8 @@ def _less_ours(row: TableRow, ours: TableRow | None) -> str:
     try:
         scored = [read_scored(Path(one.runs[0]["path"])) for one in (row, ours)]
         found = compare(*scored).differences[PLOTTED]
-    except RunError:  # one of them was scored by an older version
-        return ""
+    except RunError as error:
+        return "scored by an older version" if "older version" in str(error) else "other images"
     return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
