@@ -317,13 +317,18 @@ class Bundle:
             {name: tuple(value.shape) for name, value in state.items()},
             str(file),
         )
-        cast = {
-            name: value.to(dtype) if value.is_floating_point() else value
-            for name, value in state.items()
-        }
-        target.load_state_dict(cast, assign=True)
-        if part in ("unet", "autoencoder"):  # see DiffusionModel: the images come so, too
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # See DiffusionModel: the images come channels last, too. In one copy from the mapped file,
+        # whose pages would stay in memory as long as one tensor were a view of it.
+        channels_last = part in ("unet", "autoencoder")
+        for name, value in state.items():
+            as_asked = value.to(dtype) if value.is_floating_point() else value
+            if channels_last and value.ndim == 4:
+                state[name] = as_asked.clone(memory_format=torch.channels_last)
+            elif as_asked is value and device.type == "cpu":
+                state[name] = value.clone()
+            else:
+                state[name] = as_asked
+        target.load_state_dict(state, assign=True)
         return module
 
 
