@@ -1,12 +1,14 @@
 """Options that several commands share, so that they read the same everywhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+#: Such as a ``click.option``.
+Decorator = Callable[[Any], Any]
 
 #: A path argument that arrives as ``pathlib.Path``.
 PATH = click.Path(path_type=Path)
@@ -56,22 +58,21 @@ def precision_option(command: Command) -> Command:
     )(command)
 
 
+def decorated(options: Sequence[Decorator]) -> Decorator:
+    """One decorator for several options, which help lists in this order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def parts_options(command: Command) -> Command:
     """``--split``, ``--val``, ``--fold`` and ``--limit-images``: what trains and what validates."""
-    for option in (
-        click.option(
-            "--limit-images",
-            "limit",
-            type=click.IntRange(1),
-            metavar="N",
-            help="Train on N images only, drawn by the seed; the validation part stays the same.",
-        ),
-        click.option(
-            "--fold",
-            type=int,
-            metavar="K",
-            help="Hold out fold K of the data set for evaluation, train on the other folds.",
-        ),
+    options = [
+        click.option("--split", help="Trained on [default: as the data set says, usually train]."),
         click.option(
             "--val",
             default="0.2",
@@ -80,10 +81,21 @@ def parts_options(command: Command) -> Command:
             help="Validation: a share of the training groups (patients, cases), or a split; "
             "0 for none.",
         ),
-        click.option("--split", help="Trained on [default: as the data set says, usually train]."),
-    ):
-        command = option(command)
-    return command
+        click.option(
+            "--fold",
+            type=int,
+            metavar="K",
+            help="Hold out fold K of the data set for evaluation, train on the other folds.",
+        ),
+        click.option(
+            "--limit-images",
+            "limit",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Train on N images only, drawn by the seed; the validation part stays the same.",
+        ),
+    ]
+    return decorated(options)(command)
 
 
 def head_training_options(command: Command) -> Command:
@@ -91,28 +103,21 @@ def head_training_options(command: Command) -> Command:
 
     The command takes them as ``**training`` and reads them with ``head_training_settings``.
     """
-    for option in (
+    options = [
         click.option(
-            "--keep",
-            type=click.Choice(["auto", "best", "last"]),
+            "--epochs", type=click.IntRange(1), help="Passes over the training part [default: 40]."
+        ),
+        click.option(
+            "--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs."
+        ),
+        click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True),
+        click.option(
+            "--crop",
             default="auto",
             show_default=True,
-            help="The head that is best on validation, or the last; auto: the last with "
-            "--schedule cosine.",
-        ),
-        click.option(
-            "--normalize",
-            type=click.Choice(["channel", "none"]),
-            default="channel",
-            show_default=True,
-            help="Standardise each feature channel with the training part's mean and deviation.",
-        ),
-        click.option(
-            "--augment",
-            type=click.Choice(["none", "flips"]),
-            default="none",
-            show_default=True,
-            help="flips mirrors the feature maps at random.",
+            metavar="PX|none|auto",
+            help="Side of the random crops; none: whole regions; auto: whole ones up to 512 px, "
+            "else 384.",
         ),
         click.option(
             "--schedule",
@@ -122,23 +127,29 @@ def head_training_options(command: Command) -> Command:
             help="Of the learning rate.",
         ),
         click.option(
-            "--crop",
+            "--augment",
+            type=click.Choice(["none", "flips"]),
+            default="none",
+            show_default=True,
+            help="flips mirrors the feature maps at random.",
+        ),
+        click.option(
+            "--normalize",
+            type=click.Choice(["channel", "none"]),
+            default="channel",
+            show_default=True,
+            help="Standardise each feature channel with the training part's mean and deviation.",
+        ),
+        click.option(
+            "--keep",
+            type=click.Choice(["auto", "best", "last"]),
             default="auto",
             show_default=True,
-            metavar="PX|none|auto",
-            help="Side of the random crops; none: whole regions; auto: whole ones up to 512 px, "
-            "else 384.",
+            help="The head that is best on validation, or the last; auto: the last with "
+            "--schedule cosine.",
         ),
-        click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True),
-        click.option(
-            "--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs."
-        ),
-        click.option(
-            "--epochs", type=click.IntRange(1), help="Passes over the training part [default: 40]."
-        ),
-    ):
-        command = option(command)
-    return command
+    ]
+    return decorated(options)(command)
 
 
 def head_training_settings(training: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """``psd reproduce``: the paper's tables."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cli.options import PATH, data_root_option, precision_option
+from cli.options import PATH, Decorator, data_root_option, decorated, precision_option
 
 
 @click.group()
@@ -56,9 +55,9 @@ def _limits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
     return tuple(None if part == "all" else int(part) for part in parts)
 
 
-def _options(table: str, dataset: str, model: str, rows: str) -> Callable[[Any], Any]:
-    """What the tables that are trained have in common."""
-    options = [
+def _common_options(name: str, dataset: str, model: str) -> list[Decorator]:
+    """Of every table and figure that is trained: on what, for how long, where to."""
+    return [
         click.option(
             "--dataset",
             default=dataset,
@@ -68,45 +67,11 @@ def _options(table: str, dataset: str, model: str, rows: str) -> Callable[[Any],
         ),
         data_root_option,
         click.option(
-            "--eval-split", help="Scored [default: as the data set says, such as testB of GlaS]."
-        ),
-        click.option(
             "--model",
             default=model,
             show_default=True,
             envvar="MODEL",
             help="A bundle's name or folder.",
-        ),
-        click.option(
-            "--random",
-            type=PATH,
-            help="Bundle of the model's shapes with random weights, for the row random [default: "
-            "models/PRESET-random, made where missing].",
-        ),
-        click.option("--t", "timestep", type=int, default=50, show_default=True),
-        click.option(
-            "--rows",
-            default=rows,
-            show_default=True,
-            metavar="NAME[,...]",
-            help="Also both (taps and tokens), random and effnet-unet.",
-        ),
-        click.option(
-            "--seeds", default="0,1,2", show_default=True, callback=_numbers, metavar="N[,...]"
-        ),
-        click.option(
-            "--folds",
-            callback=_numbers,
-            metavar="K[,...]",
-            help="Hold these folds out and score them, instead of the official split.",
-        ),
-        click.option(
-            "--limit-images",
-            default="all",
-            show_default=True,
-            callback=_limits,
-            metavar="N[,...]",
-            help="Training images: a line for each number.",
         ),
         click.option(
             "--budget",
@@ -123,23 +88,60 @@ def _options(table: str, dataset: str, model: str, rows: str) -> Callable[[Any],
         click.option(
             "--out",
             type=PATH,
-            default=Path("reproduction") / table,
+            default=Path("reproduction") / name,
             show_default=True,
             envvar="OUT",
         ),
-        click.option("--table-only", is_flag=True, help="Of what there is; run nothing."),
     ]
 
-    def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
 
-    return decorate
+def _table_options(name: str, dataset: str, model: str, rows: str) -> Decorator:
+    """What the tables that are trained have in common."""
+    return decorated(
+        [
+            *_common_options(name, dataset, model),
+            click.option(
+                "--eval-split",
+                help="Scored [default: as the data set says, such as testB of GlaS].",
+            ),
+            click.option(
+                "--random",
+                type=PATH,
+                help="Bundle of the model's shapes with random weights, for the row random "
+                "[default: models/PRESET-random, made where missing].",
+            ),
+            click.option("--t", "timestep", type=int, default=50, show_default=True),
+            click.option(
+                "--rows",
+                default=rows,
+                show_default=True,
+                metavar="NAME[,...]",
+                help="Also both (taps and tokens), random and effnet-unet.",
+            ),
+            click.option(
+                "--seeds", default="0,1,2", show_default=True, callback=_numbers, metavar="N[,...]"
+            ),
+            click.option(
+                "--folds",
+                callback=_numbers,
+                metavar="K[,...]",
+                help="Hold these folds out and score them, instead of the official split.",
+            ),
+            click.option(
+                "--limit-images",
+                default="all",
+                show_default=True,
+                callback=_limits,
+                metavar="N[,...]",
+                help="Training images: a line for each number.",
+            ),
+            click.option("--table-only", is_flag=True, help="Of what there is; run nothing."),
+        ]
+    )
 
 
 @reproduce.command()
-@_options("table2", "bcss", "ssl-ldm-brca", "tokens,res-unet,vgg16-fcn8,null,conditioned")
+@_table_options("table2", "bcss", "ssl-ldm-brca", "tokens,res-unet,vgg16-fcn8,null,conditioned")
 def table2(**options: Any) -> None:
     """Table 2: BCSS.
 
@@ -155,7 +157,7 @@ def table2(**options: Any) -> None:
 
 
 @reproduce.command()
-@_options("table4", "glas", "tiny", "tokens,res-unet,vgg16-fcn8,null,conditioned,effnet-unet")
+@_table_options("table4", "glas", "tiny", "tokens,res-unet,vgg16-fcn8,null,conditioned,effnet-unet")
 def table4(**options: Any) -> None:
     """Table 4: GlaS.
 
@@ -201,50 +203,20 @@ def _make(
         raise RunError(f"{len(failed)} runs failed ({', '.join(failed[:3])}); see {logs}")
 
 
-def _curve_options(name: str) -> Callable[[Any], Any]:
+def _curve_options(name: str) -> Decorator:
     """What the curves have in common."""
-    options = [
-        click.option("--dataset", default="glas", show_default=True, envvar="DATASET"),
-        data_root_option,
-        click.option(
-            "--model",
-            default="tiny",
-            show_default=True,
-            envvar="MODEL",
-            help="A bundle's name or folder.",
-        ),
-        click.option(
-            "--folds",
-            metavar="K[,...]",
-            help="Hold out each in turn and score it [default: 0,1,2,3 of GlaS; else the "
-            "validation part].",
-        ),
-        click.option("--seeds", default="0", show_default=True, metavar="N[,...]"),
-        click.option(
-            "--budget",
-            type=click.Choice(["short", "full"]),
-            default="short",
-            show_default=True,
-            envvar="BUDGET",
-            help="Of each head: 200 steps on crops, or the paper's Adam on whole regions.",
-        ),
-        precision_option,
-        click.option("--jobs", type=click.IntRange(1), help="Heads at a time."),
-        click.option(
-            "--out",
-            type=PATH,
-            default=Path("reproduction") / name,
-            show_default=True,
-            envvar="OUT",
-        ),
-    ]
-
-    def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    return decorated(
+        [
+            *_common_options(name, "glas", "tiny"),
+            click.option(
+                "--folds",
+                metavar="K[,...]",
+                help="Hold out each in turn and score it [default: 0,1,2,3 of GlaS; else the "
+                "validation part].",
+            ),
+            click.option("--seeds", default="0", show_default=True, metavar="N[,...]"),
+        ]
+    )
 
 
 @reproduce.command()
@@ -304,7 +276,7 @@ def _curve(
     """Extract what is not cached, then compare heads, both by a user's commands."""
     from cli.main import run
     from pathsegdiff.data.manifest import open_dataset
-    from pathsegdiff.diffusion.bundle import load_bundle
+    from pathsegdiff.diffusion.bundle import read_card, resolve_bundle
     from pathsegdiff.pipeline.tables.curves import (
         extraction_command,
         published_note,
@@ -318,7 +290,7 @@ def _curve(
         dataset,
         data_root,
         model,
-        names=(opened.name, load_bundle(model).card.name),
+        names=(opened.name, read_card(resolve_bundle(model)).name),
         split=split,
         timesteps=timesteps,
         folder=out / "features",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pathsegdiff.data.manifest import open_dataset
-from pathsegdiff.diffusion.bundle import init_bundle, load_bundle
+from pathsegdiff.diffusion.bundle import init_bundle, load_bundle, read_card, resolve_bundle
 from pathsegdiff.errors import BundleError, DataError, RunError
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.pipeline.tables.rows import ROWS, Job, TableSettings, check_rows
@@ -131,7 +131,7 @@ def plan_table(
     check_rows(rows)
     name = preset = "none"
     if any(ROWS[row].store is not None for row in rows):
-        card = load_bundle(model).card
+        card = read_card(resolve_bundle(model))
         name, preset = card.name, _PRESETS.get(card.num_channels, "none")
     settings = TableSettings(
         table=table,
@@ -251,7 +251,7 @@ def _make_random(settings: TableSettings) -> None:
     Raises:
         RunError: If there is no preset of these shapes, or the bundle has others.
     """
-    taps = load_bundle(settings.model).card.taps
+    taps = read_card(resolve_bundle(settings.model)).taps
     if not settings.random.exists():
         channels = sum(tap.channels for tap in taps)
         if channels not in _PRESETS:

@@ -64,8 +64,8 @@ def write(settings: TableSettings) -> str:
     """Write table.md, table.csv, plot.png and report.html; the Markdown is returned."""
     rows = collect(settings)
     lines = _cells(settings, rows)
-    text = "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], ["---"] * len(lines[0])))
-    text += "".join(f"| {' | '.join(line)} |\n" for line in lines[1:])
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in ruled)
     notes = notes_of(settings, rows)
     settings.out.mkdir(parents=True, exist_ok=True)
     whole = text + "\n" + "".join(f"- {note}\n" for note in notes)
@@ -109,7 +109,7 @@ def notes_of(settings: TableSettings, rows: list[TableRow]) -> list[str]:
     incomplete = [row.title for row in rows if len(row.runs) < row.planned]
     if incomplete:
         notes.append(f"Incomplete (runs are missing): {', '.join(incomplete)}.")
-    ours = next((row for row in rows if row.name == "conditioned" and row.limit is None), None)
+    ours = _reference(rows)
     reference = None if ours is None else ours.mean(PLOTTED)
     if reference is not None:
         better = [
@@ -125,6 +125,11 @@ def notes_of(settings: TableSettings, rows: list[TableRow]) -> list[str]:
         if row.published is not None and row.published.note
     ]
     return notes
+
+
+def _reference(rows: list[TableRow]) -> TableRow | None:
+    """PathSegDiff's row, trained on all images, that the others are held against."""
+    return next((row for row in rows if row.name == "conditioned" and row.limit is None), None)
 
 
 def _figures(settings: TableSettings, job: Job) -> dict[str, Any]:
@@ -158,7 +163,7 @@ def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
             "runs",
         ]
     ]
-    ours = next((row for row in rows if row.name == "conditioned" and row.limit is None), None)
+    ours = _reference(rows)
     for row in rows:
         images = ["" if not row.planned else "all" if row.limit is None else str(row.limit)]
         values: list[str] = []
