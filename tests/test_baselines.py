@@ -1,6 +1,7 @@
 """Baselines: their networks, images, training and evaluation."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -27,7 +28,9 @@ pytest.importorskip("segmentation_models_pytorch", reason="the extra `baselines`
 from pathsegdiff.pipeline.baselines import images as images_module
 from pathsegdiff.pipeline.baselines import train as train_module
 from pathsegdiff.pipeline.baselines.baseline import Baseline
+from pathsegdiff.pipeline.baselines.dcan import contours_of
 from pathsegdiff.pipeline.baselines.images import (
+    Images,
     Picture,
     augment,
     change_colours,
@@ -90,7 +93,7 @@ def test_a_network_gives_logits_of_its_inputs_size(name, generator):
     network = build_network(name, 3, seed=0, pretrained=False).eval()
     with torch.no_grad():
         logits = network(torch.rand(1, 3, 64, 96, generator=generator))
-    assert logits.shape == (1, 3, 64, 96)
+    assert logits.shape == (1, 5 if name == "dcan" else 3, 64, 96)
 
 
 def test_the_imagenet_encoder_computes_timms_features_to_the_last_bit(generator):
@@ -136,6 +139,69 @@ def test_fcn_8s_begins_with_no_opinion_and_adds_the_scores_of_three_pools(genera
         x = torch.rand(1, 3, 8, 8, generator=generator)
         smooth = F.interpolate(x, scale_factor=8, mode="bilinear")
         torch.testing.assert_close(network.up_1(x)[:, :, 8:-8, 8:-8], smooth[:, :, 8:-8, 8:-8])
+
+
+def test_dcan_adds_the_scores_of_three_pools(generator):
+    network = build_network("dcan", 2, seed=0).eval()
+    images = torch.rand(1, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        assert not network(images).any()  # no opinion yet
+        for score in network.scores:
+            score.weight.normal_(generator=generator)
+        levels = network.levels(images)
+        assert torch.allclose(network(images), levels[0] + levels[1] + levels[2])
+    # A level of one number per cell, upsampled bilinearly: each cell's centre keeps its number.
+    assert [level.shape for level in levels] == [(1, 4, 64, 64)] * 3
+    assert not torch.allclose(levels[0], levels[1])
+
+
+def test_contours_are_where_an_object_meets_something_else():
+    instances = np.zeros((20, 30), np.int32)
+    instances[:, 8:15] = 1
+    instances[:, 15:22] = 2
+    found = contours_of(instances)
+    columns = found.any(axis=0)
+    # Inner edges at 8, 14, 15 and 21, dilated by three; the image's border is none.
+    assert np.flatnonzero(columns).tolist() == list(range(5, 25))
+    assert np.array_equal(found, np.broadcast_to(columns, found.shape))
+    assert not contours_of(np.ones((20, 30), np.int32)).any()
+    single = np.zeros((15, 15), np.int32)
+    single[7, 7] = 4
+    rows, columns = np.nonzero(contours_of(single))
+    assert np.hypot(rows - 7, columns - 7).max() == 3 and len(rows) == 29
+
+
+def test_dcan_parts_glands_that_touch(dataset, tmp_path):
+    made = small(dataset, "dcan", steps=6, size_px=96)
+    made.train(tmp_path / "run")
+    found = made.evaluate(tmp_path / "run")
+    assert found.objects is not None
+    assert found.scores.miou > 0
+
+
+def test_contours_follow_their_labels(dataset):
+    images = Images(dataset, 64)
+    pictures = images.pictures(images.samples[:4], to_train=True, contours=True)
+    batch = training_batch(pictures, 0, batch_size=4, seed=0)
+    plain = training_batch(
+        [dataclasses.replace(picture, contour=None) for picture in pictures],
+        0,
+        batch_size=4,
+        seed=0,
+    )
+    assert torch.equal(batch.labels, plain.labels) and plain.contours is None
+    assert torch.equal(batch.images, plain.images)
+    assert batch.contours.shape == batch.labels.shape
+    # A contour lies on both sides of where the label changes.
+    edges = batch.labels[:, :, 1:] != batch.labels[:, :, :-1]
+    on = batch.contours[:, :, 1:].bool() | batch.contours[:, :, :-1].bool()
+    assert edges.any() and on[edges].float().mean() > 0.95
+
+
+def test_contours_need_objects(tmp_path):
+    windows = open_dataset(make_bcss(tmp_path))
+    with pytest.raises(RunError, match="learns the contours of objects.*choose another"):
+        small(windows, "dcan", val="0")
 
 
 def test_an_encoder_begins_with_the_weights_of_a_file(dataset, tmp_path):

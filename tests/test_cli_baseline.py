@@ -128,6 +128,7 @@ def test_ctrl_c_is_130_and_the_run_goes_on_afterwards(folder, capsys, monkeypatc
 
 
 def test_the_names_are_those_of_the_networks():
+    from pathsegdiff.pipeline.baselines import ddpmseg
     from pathsegdiff.pipeline.baselines.networks import ARCHITECTURES
 
-    assert tuple(ARCHITECTURES) == NAMES
+    assert (*ARCHITECTURES, ddpmseg.NAME) == NAMES

@@ -11,7 +11,7 @@ from pathsegdiff.errors import RunError, StoreError
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.segmentation.evaluate import evaluate_run
 from pathsegdiff.segmentation.runs import load_run
-from pathsegdiff.segmentation.scoring import object_mask
+from pathsegdiff.segmentation.scoring import Prediction, _score_objects, object_mask
 from tests.helpers_head import train_small
 from tests.helpers_store import (
     GLANDS,
@@ -154,6 +154,35 @@ def test_objects_are_cut_at_the_source_size_by_the_larger_probability():
     assert mask.shape == (2, 8)
     assert mask.dtype == bool
     assert mask.tolist() == [[False] * 4 + [True] * 4] * 2
+
+
+def test_contours_part_objects_that_touch(store):
+    sample = store.samples("test")[0]
+    instances = np.zeros((40, 60), np.int32)
+    instances[5:35, 10:30], instances[5:35, 30:50] = 1, 2
+    probabilities = torch.from_numpy(np.stack([instances == 0, instances > 0])).float()
+    edges = torch.zeros(40, 60)
+    edges[:, 28:32] = 1.0
+
+    class Touching:
+        def instances(self, sample):
+            return instances
+
+    def scored(contours):
+        found = Prediction(
+            sample=sample,
+            target=(instances > 0).astype(np.uint8),
+            labels=(instances > 0).astype(np.uint8),
+            probabilities=probabilities,
+            contours=contours,
+        )
+        return _score_objects(Touching(), store.card, found, 0)
+
+    merged, parted = scored(None), scored(edges)
+    assert (merged.tp, merged.fp, merged.fn) == (1, 0, 1)
+    # Grown back by the disk: a rim of three pixels more, and the cut is closed.
+    assert (parted.tp, parted.fp, parted.fn) == (2, 0, 0)
+    assert parted.dice > merged.dice
 
 
 def test_dont_care_is_neither_predicted_nor_scored(tissue):

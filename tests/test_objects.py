@@ -17,6 +17,7 @@ from scipy.spatial.distance import cdist, directed_hausdorff
 from pathsegdiff.evaluation.objects import (
     MIN_AREA_CANDIDATES,
     choose_min_area,
+    grow_objects,
     hausdorff_distance,
     image_object_scores,
     match_objects,
@@ -250,6 +251,16 @@ def test_objects_are_8_connected_with_holes_filled_and_small_ones_dropped():
     # The hole counts: the ring has 9 pixels, one more hangs on by its corner.
     assert objects_from_mask(mask, 10).max() == 1
     assert objects_from_mask(mask, 11).max() == 0
+
+
+def test_objects_grow_by_the_disk_and_share_what_both_could_reach():
+    objects = np.zeros((9, 15), np.int32)
+    objects[4, 3], objects[4, 8] = 7, 9
+    grown = grow_objects(objects)
+    rows, columns = np.nonzero(grown == 7)
+    assert np.hypot(rows - 4, columns - 3).max() == 3
+    assert grown[4].tolist() == [7, 7, 7, 7, 7, 7, 9, 9, 9, 9, 9, 9, 0, 0, 0]
+    assert not grow_objects(np.zeros((4, 4), np.int32)).any()
 
 
 def test_a_bay_that_is_open_through_a_corner_only_is_a_hole():

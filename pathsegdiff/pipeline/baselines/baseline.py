@@ -16,7 +16,12 @@ from pathsegdiff.device import device_name
 from pathsegdiff.errors import RunError
 from pathsegdiff.features.store import StoredSample
 from pathsegdiff.pipeline.baselines.images import Images, Picture
-from pathsegdiff.pipeline.baselines.networks import build_network, network_facts, on_device
+from pathsegdiff.pipeline.baselines.networks import (
+    architecture_of,
+    build_network,
+    network_facts,
+    on_device,
+)
 from pathsegdiff.pipeline.baselines.runs import (
     BaselineConfig,
     BaselineSettings,
@@ -84,6 +89,12 @@ class Baseline:
             limit=settings.limit,
         )
         self.part, self.evaluated = self._evaluated(eval_split)
+        self.contours = architecture_of(settings.name).decoder == "DCAN"
+        if self.contours and not self.images.has_whole_objects:
+            raise RunError(
+                f"{settings.name} learns the contours of objects, data set {dataset.name} "
+                "numbers none in its masks, or cuts windows; choose another baseline"
+            )
 
     def train(
         self,
@@ -121,7 +132,7 @@ class Baseline:
                     return finished
             counts = len(self.parts.train), len(self.parts.val)
             _logger.info("reading %d images to train on, %d to validate on", *counts)
-            train = self.images.pictures(self.parts.train, to_train=True)
+            train = self.images.pictures(self.parts.train, to_train=True, contours=self.contours)
             val = self.images.pictures(self.parts.val, to_train=False)
             config = self._with_weights(config, train)
             if not known:
@@ -227,6 +238,7 @@ class _NetworkSegmenter:
 
     def __init__(self, network: nn.Module, images: Images, device: torch.device) -> None:
         self.network, self.images, self.device = network, images, device
+        self.num_classes = images.card.scheme.num_classes
         self._latest: tuple[str, Region] | None = None
 
     def predictions(self, samples: Sequence[StoredSample]) -> Iterator[Prediction]:
@@ -235,12 +247,14 @@ class _NetworkSegmenter:
             for sample, (region, image) in zip(samples, regions, strict=True):
                 self._latest = sample.sample_id, region
                 # In float32 whatever the training computed in, as the head's evaluation.
-                logits = region_logits(self.network, image, len(region.label), self.device)
+                outputs = region_logits(self.network, image, len(region.label), self.device)
+                logits, edges = outputs[:, : self.num_classes], outputs[0, self.num_classes :]
                 yield Prediction(
                     sample=sample,
                     target=region.label,
-                    labels=predict_labels(logits, logits.shape[1])[0].cpu().numpy(),
+                    labels=predict_labels(logits, self.num_classes)[0].cpu().numpy(),
                     probabilities=logits[0].softmax(dim=0),
+                    contours=edges.softmax(dim=0)[1] if len(edges) else None,
                 )
 
     def image(self, sample: StoredSample) -> np.ndarray:

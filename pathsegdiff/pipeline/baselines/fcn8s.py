@@ -34,12 +34,12 @@ class FCN8s(nn.Module):
         self.fully_7 = nn.Sequential(
             nn.Conv2d(_FULLY, _FULLY, 1, bias=False), nn.BatchNorm2d(_FULLY)
         )
-        self.score_32 = _zeros(nn.Conv2d(_FULLY, num_classes, 1))
-        self.score_16 = _zeros(nn.Conv2d(_POOLED[3], num_classes, 1))
-        self.score_8 = _zeros(nn.Conv2d(_POOLED[2], num_classes, 1))
-        self.up_16 = _bilinear(num_classes, 2)
-        self.up_8 = _bilinear(num_classes, 2)
-        self.up_1 = _bilinear(num_classes, 8)
+        self.score_32 = zero_scores(nn.Conv2d(_FULLY, num_classes, 1))
+        self.score_16 = zero_scores(nn.Conv2d(_POOLED[3], num_classes, 1))
+        self.score_8 = zero_scores(nn.Conv2d(_POOLED[2], num_classes, 1))
+        self.up_16 = bilinear_upsampling(num_classes, 2)
+        self.up_8 = bilinear_upsampling(num_classes, 2)
+        self.up_1 = bilinear_upsampling(num_classes, 8)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) to (B, K, S, S) logits."""
@@ -57,14 +57,15 @@ class FCN8s(nn.Module):
         return upsampled
 
 
-def _zeros(layer: nn.Conv2d) -> nn.Conv2d:
+def zero_scores(layer: nn.Conv2d) -> nn.Conv2d:
+    """A layer of scores that has no opinion yet."""
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def _bilinear(channels: int, factor: int) -> nn.ConvTranspose2d:
+def bilinear_upsampling(channels: int, factor: int) -> nn.ConvTranspose2d:
     """Each channel upsampled by itself."""
     layer = nn.ConvTranspose2d(
         channels, channels, 2 * factor, stride=factor, padding=factor // 2, bias=False

@@ -16,6 +16,7 @@ from pathsegdiff.data.passes import map_threads
 from pathsegdiff.data.regions import resize_image, resize_label
 from pathsegdiff.features.extract import dataset_card, stored_sample
 from pathsegdiff.features.store import StoredSample
+from pathsegdiff.pipeline.baselines.dcan import contours_of
 
 #: Separates the random draws that share a seed and a step.
 _ORDER_STREAM, _AUGMENT_STREAM = 1, 2
@@ -42,11 +43,13 @@ class Picture:
         image: (S, S, 3) uint8 RGB.
         label: Class ids, uint8: (S, S) to train on, (H, W) to score.
         class_pixels: (num_classes,) pixels of each class of the region.
+        contour: (S, S) uint8, 1 on the contours of objects; None where they are not asked for.
     """
 
     image: np.ndarray
     label: np.ndarray
     class_pixels: np.ndarray
+    contour: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +59,12 @@ class ImageBatch:
     Attributes:
         images: (B, 3, S, S) float32 in [0, 1].
         labels: (B, S, S) uint8 class ids.
+        contours: (B, S, S) uint8, or None.
     """
 
     images: Tensor
     labels: Tensor
+    contours: Tensor | None = None
 
 
 class Images:
@@ -79,6 +84,11 @@ class Images:
         self.size_px = size_px
         self._by_id: dict[str, Sample] = {sample.sample_id: sample for sample in dataset.samples}
 
+    @property
+    def has_whole_objects(self) -> bool:
+        """Whether regions are whole images whose masks number objects."""
+        return self.card.scheme.objects is not None and self.card.rule.kind == "resize"
+
     def region(self, sample: StoredSample) -> Region:
         """Read a region; windows are cropped as ``psd extract`` crops them with its usual seed.
 
@@ -91,11 +101,14 @@ class Images:
         """(H, W, 3) to (S, S, 3) uint8."""
         return resize_image(image, (self.size_px, self.size_px))
 
-    def pictures(self, samples: Sequence[StoredSample], *, to_train: bool) -> list[Picture]:
+    def pictures(
+        self, samples: Sequence[StoredSample], *, to_train: bool, contours: bool = False
+    ) -> list[Picture]:
         """Read regions into memory, in their order; about S * S * 4 bytes each.
 
         Args:
             to_train: Whether the labels are resized to S as well.
+            contours: Whether those of the objects are wanted; only to train.
 
         Raises:
             DataError: As ``Dataset.read``.
@@ -106,9 +119,15 @@ class Images:
             region = self.region(sample)
             label = region.label
             counts = np.bincount(label.ravel(), minlength=256)[:num_classes]
+            contour = None
             if to_train:
-                label = resize_label(label, (self.size_px, self.size_px))
-            return Picture(image=self.resized(region.image), label=label, class_pixels=counts)
+                size = self.size_px, self.size_px
+                label = resize_label(label, size)
+                if contours:
+                    assert region.instances is not None
+                    contour = resize_label(contours_of(region.instances).astype(np.uint8), size)
+            image = self.resized(region.image)
+            return Picture(image=image, label=label, class_pixels=counts, contour=contour)
 
         return map_threads(read, samples)
 
@@ -124,16 +143,20 @@ def training_batch(
         batch_size: B.
         seed: Of the run.
     """
-    images, labels = [], []
+    images, targets = [], []
     for index in range(batch_size):
         epoch, position = divmod(step * batch_size + index, len(pictures))
         order = np.random.default_rng((seed, _ORDER_STREAM, epoch)).permutation(len(pictures))
         picture = pictures[int(order[position])]
         rng = np.random.default_rng((seed, _AUGMENT_STREAM, step, index))
-        image, label = augment(to_tensor(picture.image), torch.from_numpy(picture.label), rng)
+        target = [picture.label] if picture.contour is None else [picture.label, picture.contour]
+        image, turned = augment(to_tensor(picture.image), torch.from_numpy(np.stack(target)), rng)
         images.append(image)
-        labels.append(label)
-    return ImageBatch(images=torch.stack(images), labels=torch.stack(labels))
+        targets.append(turned)
+    labels, *contours = torch.stack(targets, dim=1)
+    return ImageBatch(
+        images=torch.stack(images), labels=labels, contours=contours[0] if contours else None
+    )
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -146,7 +169,7 @@ def augment(image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Ten
 
     Args:
         image: (3, S, S) in [0, 1].
-        label: (S, S) uint8; follows the image, by the nearest pixel.
+        label: (..., S, S) uint8; follows the image, by the nearest pixel.
 
     Returns:
         Image and label of the same shapes.
@@ -204,4 +227,4 @@ def _zoom(image: Tensor, label: Tensor, top: int, left: int, side: int) -> tuple
     image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
     # Integers: the nearest pixel centre, as ``resize_label`` does.
     places = (2 * torch.arange(size) + 1) * side // (2 * size)
-    return image, label[top + places][:, left + places]
+    return image, label[..., top + places, :][..., left + places]

@@ -1,7 +1,7 @@
 """The networks of the baselines; encoders and U-Nets are segmentation_models_pytorch's.
 
 U-Nets (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) whose encoder is a classifier,
-and FCN-8s. Shapes: B = batch, K = classes, S = ``size_px``, a multiple of 32.
+FCN-8s and DCAN. Shapes: B = batch, K = classes, S = ``size_px``, a multiple of 32.
 """
 
 import pickle
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pathsegdiff.diffusion import imagenet
 from pathsegdiff.errors import RunError
 from pathsegdiff.files import file_sha256
+from pathsegdiff.pipeline.baselines.dcan import DCAN
 from pathsegdiff.pipeline.baselines.fcn8s import FCN8s
 
 PACKAGE = "segmentation-models-pytorch"
@@ -34,7 +35,7 @@ class Architecture:
     Attributes:
         title: For people.
         encoder: Its name in segmentation_models_pytorch.
-        decoder: "Unet", or "FCN-8s".
+        decoder: "Unet", "FCN-8s", or "DCAN", which predicts the contours of objects as well.
         imagenet: Whether the encoder begins with the ImageNet weights that a package brings.
         learning_rate: The usual one: a trained encoder is moved less.
     """
@@ -58,6 +59,12 @@ ARCHITECTURES = {
         decoder="FCN-8s",
         learning_rate=3e-4,
     ),
+    "dcan": Architecture(
+        title="DCAN on VGG16 with batch normalisation",
+        encoder="vgg16_bn",
+        decoder="DCAN",
+        learning_rate=3e-4,
+    ),
     "effnet-unet": Architecture(
         title="U-Net with an EfficientNet-Lite0 encoder",
         encoder=f"tu-{imagenet.ARCHITECTURE}",
@@ -75,7 +82,7 @@ def build_network(
     pretrained: bool = True,
     encoder_weights: Path | None = None,
 ) -> nn.Module:
-    """Build a baseline: (B, 3, S, S) images to (B, K, S, S) logits.
+    """Build a baseline: (B, 3, S, S) images to (B, K, S, S) logits, (B, K + 2, S, S) of DCAN.
 
     Args:
         name: One of ``ARCHITECTURES``.
@@ -102,9 +109,10 @@ def build_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network: nn.Module
-        if architecture.decoder == "FCN-8s":
+        if architecture.decoder != "Unet":
             encoder = smp.encoders.get_encoder(architecture.encoder, weights=None)
-            network = FCN8s(encoder.features, num_classes)
+            kind = DCAN if architecture.decoder == "DCAN" else FCN8s
+            network = kind(encoder.features, num_classes)
         else:
             network = smp.Unet(
                 architecture.encoder, encoder_weights=None, in_channels=3, classes=num_classes
@@ -170,7 +178,7 @@ def _load_encoder(network: nn.Module, state: dict[str, Tensor]) -> None:
         RuntimeError: Otherwise.
     """
     features = {name: value for name, value in state.items() if not name.startswith(_CLASSIFIER)}
-    if isinstance(network, FCN8s):
+    if isinstance(network, FCN8s | DCAN):
         target: Any = network.features
         features = {name.removeprefix("features."): value for name, value in features.items()}
     else:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pathsegdiff.device import autocast
 from pathsegdiff.evaluation.confusion import confusion_matrix, scores
 from pathsegdiff.interrupt import Interrupt
+from pathsegdiff.pipeline.baselines.dcan import DCAN
 from pathsegdiff.pipeline.baselines.images import ImageBatch, Picture, to_tensor, training_batch
 from pathsegdiff.pipeline.baselines.networks import normalise
 from pathsegdiff.pipeline.baselines.runs import (
@@ -68,6 +69,7 @@ class BaselineTraining(TrainingLoop[ImageBatch]):
         progress: Progress | None,
     ) -> None:
         self.settings, self.train, self.val, self.weights = settings, train, val, weights
+        self.contour_weights = _contour_weights(train, device)
         super().__init__(
             out,
             network,
@@ -92,10 +94,39 @@ class BaselineTraining(TrainingLoop[ImageBatch]):
     def loss_of(self, batch: ImageBatch) -> Tensor:
         """Cross-entropy plus soft Dice."""
         labels = batch.labels.to(self.device)
+        images = normalise(batch.images.to(self.device))
+        if isinstance(self.network, DCAN):
+            assert batch.contours is not None
+            return self._loss_with_contours(images, labels, batch.contours.to(self.device))
         with autocast(self.device, self.precision):
-            logits = self.network(normalise(batch.images.to(self.device)))
+            logits = self.network(images)
         dice = soft_dice_loss(soft_dice_sums(logits, labels, len(self.weights)))
         return weighted_cross_entropy(logits, labels, self.weights) + dice
+
+    def _loss_with_contours(self, images: Tensor, labels: Tensor, contours: Tensor) -> Tensor:
+        """That of the sum of DCAN's levels, and of each level by itself, which fades.
+
+        Chen et al. lower the weight of the levels tenfold in steps; here it falls linearly to 0.
+        """
+        assert isinstance(self.network, DCAN) and self.contour_weights is not None
+        num_classes = len(self.weights)
+        with autocast(self.device, self.precision):
+            levels = self.network.levels(images)
+
+        def entropies(logits: Tensor) -> Tensor:
+            objects, edges = logits[:, :num_classes], logits[:, num_classes:]
+            assert self.contour_weights is not None
+            return weighted_cross_entropy(objects, labels, self.weights) + weighted_cross_entropy(
+                edges, contours, self.contour_weights
+            )
+
+        whole = torch.stack([level.float() for level in levels]).sum(dim=0)
+        loss = entropies(whole)
+        loss = loss + soft_dice_loss(soft_dice_sums(whole[:, :num_classes], labels, num_classes))
+        fading = 1 - min(1.0, self._share(self.step))
+        for level in levels:
+            loss = loss + fading * entropies(level)
+        return loss
 
     def learning_rate(self, step: int) -> float:
         """Up within the first steps, then a cosine over steps or time down to 0."""
@@ -142,6 +173,7 @@ class BaselineTraining(TrainingLoop[ImageBatch]):
             interrupt.raise_if_requested()
             side = len(picture.label)
             logits = region_logits(self.network, picture.image, side, self.device, self.precision)
+            logits = logits[:, :num_classes]
             labels = torch.from_numpy(picture.label)[None].to(self.device)
             part, part_weight = cross_entropy_sums(logits, labels, self.weights)
             total, weight = total + part.item(), weight + part_weight.item()
@@ -194,7 +226,7 @@ def region_logits(
         region_px: H.
 
     Returns:
-        (1, K, H, W) float32 on the device; bilinear where S is not H.
+        (1, K, H, W) float32 on the device, (1, K + 2, H, W) of DCAN; bilinear where S is not H.
     """
     network.eval()
     with torch.no_grad(), autocast(device, precision):
@@ -202,3 +234,14 @@ def region_logits(
     if logits.shape[-1] == region_px:
         return logits.float()
     return F.interpolate(logits.float(), size=region_px, mode="bilinear", align_corners=False)
+
+
+def _contour_weights(train: Sequence[Picture], device: torch.device) -> Tensor | None:
+    """(2,) of no contour and contour, by the rule of the classes; None without contours."""
+    shares = [picture.contour.mean() for picture in train if picture.contour is not None]
+    if not shares:
+        return None
+    share = float(np.mean(shares))
+    # A training part without a single edge: both alike, so that the loss stays finite.
+    weights = [share, 1 - share] if 0 < share < 1 else [0.5, 0.5]
+    return torch.tensor(weights, device=device)
