@@ -116,7 +116,8 @@ def _table_options(name: str, dataset: str, model: str, rows: str) -> Decorator:
                 default=rows,
                 show_default=True,
                 metavar="NAME[,...]",
-                help="Also both (taps and tokens), random and effnet-unet.",
+                help="Rows of ours [all: conditioned, null, tokens, both, random, res-unet, "
+                "vgg16-fcn8, dcan, ddpm-seg, effnet-unet].",
             ),
             click.option(
                 "--seeds", default="0,1,2", show_default=True, callback=_numbers, metavar="N[,...]"
@@ -157,7 +158,12 @@ def table2(**options: Any) -> None:
 
 
 @reproduce.command()
-@_table_options("table4", "glas", "tiny", "tokens,res-unet,vgg16-fcn8,null,conditioned,effnet-unet")
+@_table_options(
+    "table4",
+    "glas",
+    "tiny",
+    "tokens,res-unet,dcan,ddpm-seg,vgg16-fcn8,null,conditioned,effnet-unet",
+)
 def table4(**options: Any) -> None:
     """Table 4: GlaS.
 
@@ -171,6 +177,27 @@ def table4(**options: Any) -> None:
       psd reproduce table4 --data-root ~/GlaS --folds 0,1,2,3 --seeds 0 --out reproduction/folds
     """
     _make("table4", **options)
+
+
+@reproduce.command()
+@_table_options("table3", "bcss", "ssl-ldm-brca", "conditioned")
+@click.option(
+    "--runs",
+    "work",
+    type=PATH,
+    default=Path("reproduction") / "table2",
+    show_default=True,
+    help="Folder of stores and runs: those of Table 2 are its own.",
+)
+def table3(**options: Any) -> None:
+    """Table 3: IoU of BCSS' four tissue classes (of other data: the four with most pixels).
+
+    \b
+    Example:
+      psd reproduce table3 --model models/ssl-ldm-brca --data-root ~/bcss
+      psd reproduce table3 --dataset my.toml --model tiny --runs reproduction/mine --table-only
+    """
+    _make("table3", **options)
 
 
 def _make(
@@ -199,7 +226,7 @@ def _make(
     click.echo(write(settings), nl=False)
     click.echo(f"table, plot and report: {settings.out}")
     if failed:
-        logs = settings.out / "logs"
+        logs = settings.folder / "logs"
         raise RunError(f"{len(failed)} runs failed ({', '.join(failed[:3])}); see {logs}")
 
 

@@ -15,9 +15,10 @@ import pytest
 from cli.main import run
 from pathsegdiff.errors import ConfigError, RunError
 from pathsegdiff.pipeline.tables import curves, make, rows
+from pathsegdiff.pipeline.tables.columns import columns_of
 from pathsegdiff.pipeline.tables.make import make_runs, missing_things
 from pathsegdiff.pipeline.tables.parameters import parameters_table
-from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES
+from pathsegdiff.pipeline.tables.published import COLUMNS, MEAN, TABLES
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
 from pathsegdiff.pipeline.tables.write import collect, write
 from tests.helpers_stage_one import write_dataset
@@ -76,7 +77,7 @@ def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path,
     make_runs(settings, jobs=1, threads=None, log=lambda line: None)
     assert len(quick) == 7
 
-    found = {row.title: row for row in collect(settings)}
+    found = {row.title: row for row in collect(settings)[1]}
     assert list(found) == [
         "HIPT",
         "Res-UNet",
@@ -104,7 +105,7 @@ def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path,
 def test_folds_and_few_images_are_lines_and_runs_of_their_own(folder, tmp_path, quick):
     settings = settings_of(folder, tmp_path / "t", rows=("conditioned",), limits=(1, None))
     make_runs(settings, jobs=1, threads=None, log=lambda line: None)
-    ours = [row for row in collect(settings) if row.planned]
+    ours = [row for row in collect(settings)[1] if row.planned]
     assert [(row.limit, len(row.runs), row.planned) for row in ours] == [(None, 1, 1), (1, 1, 1)]
     config = json.loads((tmp_path / "t/runs/conditioned-1images-seed0/config.json").read_text())
     assert len(config["samples"]["train"]) == 1
@@ -132,16 +133,92 @@ def test_a_network_on_images_is_a_row_and_a_failure_costs_only_its_row(folder, t
     said = []
     make_runs(settings, jobs=1, threads=None, log=said.append)
     assert [line for line in said if line.startswith("failed: null-seed0, see ")]
-    ours = {row.name: row for row in collect(settings) if row.planned}
+    ours = {row.name: row for row in collect(settings)[1] if row.planned}
     assert len(ours["res-unet"].runs) == 1
     assert not ours["null"].runs
+
+
+def test_pixel_classifiers_are_a_row_that_reads_three_stores(folder, tmp_path, quick, monkeypatch):
+    budget = replace(BUDGETS["short"], ensemble=("--val", "0", "--keep", "last", "--steps", "2"))
+    monkeypatch.setitem(rows.BUDGETS, "short", budget)
+    settings = settings_of(folder, tmp_path / "t", rows=("ddpm-seg", "conditioned"))
+    make_runs(settings, jobs=1, threads=None, log=lambda line: None)
+    # The store of t = 50 is the one that the heads read, tokens and all.
+    kinds = [command[0] for command in quick]
+    assert kinds == ["extract", "extract", "baseline", "train-head", "eval"]
+    assert quick[1][quick[1].index("--t") + 1] == "150,250"
+    ours = {row.name: row for row in collect(settings)[1] if row.planned}
+    (figures,) = ours["ddpm-seg"].runs
+    assert [recipe["recipe"]["timestep"] for recipe in figures["provenance"]["features"]] == [
+        50, 150, 250,
+    ]  # fmt: skip
+    # Another timestep of the heads: the three are extracted beside it.
+    other = replace(settings, timestep=20)
+    assert [command[command.index("--t") + 1] for command in other.extractions()] == [
+        "20",
+        "50,150,250",
+    ]
+    assert replace(other, rows=("ddpm-seg",)).extractions() == other.extractions()[1:]
+
+
+def test_objects_stand_beside_published_objects(folder, tmp_path, quick):
+    pytest.importorskip("segmentation_models_pytorch")
+    settings = settings_of(folder, tmp_path / "t", rows=("dcan",))
+    make_runs(settings, jobs=1, threads=None, log=lambda line: None)
+    text = write(settings)
+    metrics = json.loads((tmp_path / "t/runs/dcan-seed0/eval-test/metrics.json").read_text())
+    objects = metrics["objects"]
+    assert f"CUMedVision2, by objects: Dice {objects['dice']:.3f} (published 0.868)" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| CUMedVision2 |")]
+    assert "0.868" not in line  # no object's figure in a column of pixels
+
+
+def test_table_3_is_of_single_classes_and_takes_the_runs_of_table_2(
+    folder, tmp_path, quick, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    common = ["--dataset", str(folder / "data" / "discs.toml"), "--model", str(folder / "micro")]
+    common += ["--seeds", "0", "--jobs", "1"]
+    assert run(["reproduce", "table2", *common, "--rows", "conditioned"]) == 0
+    done = len(quick)
+    assert run(["reproduce", "table3", *common]) == 0
+    assert len(quick) == done
+    text = (tmp_path / "reproduction/table3/table.md").read_text()
+    metrics = json.loads(
+        (tmp_path / "reproduction/table2/runs/conditioned-seed0/eval-test/metrics.json").read_text()
+    )
+    # Another data set's own classes, the ones with most pixels first; nothing published fits them.
+    names = [one["name"] for one in sorted(metrics["per_class"], key=lambda one: -one["pixels"])]
+    header, _, *lines = text.splitlines()
+    assert header.startswith(f"| row | IoU {names[0]} ours | IoU {names[0]} paper |")
+    (ours,) = [line for line in lines if line.startswith("| PathSegDiff |")]
+    assert f"{metrics['per_class'][0]['iou']:.3f}" in ours
+    assert f"{metrics['miou']:.3f}" in ours
+    assert "weakly supervised" in text
+    page = (tmp_path / "reproduction/table3/report.html").read_text()
+    assert 'href="../table2/runs/conditioned-seed0/eval-test/report.html"' in page
+
+
+def test_table_3_of_bcss_holds_its_four_classes_against_the_published_ones():
+    classes = ["tumor", "stroma", "inflammatory", "necrosis", "other"]
+    per_class = [
+        {"name": name, "iou": 0.5 + 0.1 * k, "pixels": k} for k, name in enumerate(classes)
+    ]
+    found = columns_of(TABLES["table3"], same_dataset=True, metrics=[])
+    assert list(found.titles.values()) == ["IoU TUM", "IoU STR", "IoU LYM", "IoU NEC", "mIoU of 4"]
+    figures = found.figures({"per_class": per_class})
+    assert (
+        figures["TUM"] == 0.5 and figures["NEC"] == 0.8 and figures["mean"] == pytest.approx(0.65)
+    )
+    per_class[3]["iou"] = None
+    assert found.figures({"per_class": per_class})["mean"] is None
 
 
 def test_random_weights_are_made_in_the_models_shapes(folder, tmp_path, quick):
     settings = settings_of(folder, tmp_path / "t", rows=("random",))
     make_runs(settings, jobs=1, threads=None, log=lambda line: None)
     assert quick[0][quick[0].index("--out") + 1].endswith("features/random.zarr")
-    assert len(collect(settings)[-1].runs) == 1
+    assert len(collect(settings)[1][-1].runs) == 1
     other = replace(settings, random=tmp_path / "none", out=tmp_path / "u")
     with pytest.raises(RunError, match="no preset with the"):
         make_runs(other, jobs=1, threads=None, log=lambda line: None)
@@ -277,6 +354,7 @@ def test_every_published_row_that_is_ours_exists():
         ours = [row.ours for row in table.rows if row.ours is not None]
         assert len(set(ours)) == len(ours)
         assert set(ours) <= set(ROWS)
+        columns = {*table.classes, MEAN} if table.classes else set(COLUMNS)
         for row in table.rows:
-            assert set(row.figures) <= set(COLUMNS)
+            assert set(row.figures) <= columns
             assert all(0 < value < 1 for value in row.figures.values())

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from pathsegdiff.config import ALL_TAPS, TOKENS
@@ -21,10 +20,10 @@ from pathsegdiff.data.regions import check_mpp, resize_image
 from pathsegdiff.diffusion.bundle import Bundle, load_bundle
 from pathsegdiff.errors import BundleError, DataError, RunError
 from pathsegdiff.evaluation.overlays import background_class, overlay
+from pathsegdiff.evaluation.pictures import save_mask, save_picture
 from pathsegdiff.features.quantize import as_read
 from pathsegdiff.features.stage_one import StageOne, View
 from pathsegdiff.features.store import DatasetCard
-from pathsegdiff.files import replace_file
 from pathsegdiff.segmentation.runs import Run
 from pathsegdiff.segmentation.sampling import grid_batch
 
@@ -126,7 +125,7 @@ def predict_files(
         mask, drawn = out / f"{path.stem}_mask.png", out / f"{path.stem}_overlay.png"
         save_mask(mask, label, scheme.colours)
         picture = overlay(image, label, scheme.colours[: scheme.num_classes], background=background)
-        _save_png(drawn, Image.fromarray(picture))
+        save_picture(drawn, picture)
         counts = np.bincount(label.ravel(), minlength=scheme.num_classes)
         shares = {n: float(c / label.size) for n, c in zip(scheme.names, counts, strict=False)}
         written.append(Prediction(image=path, mask=mask, overlay=drawn, class_shares=shares))
@@ -330,17 +329,6 @@ def resize_probabilities(probabilities: np.ndarray, size: tuple[int, int]) -> np
         return probabilities
     tensor = torch.from_numpy(np.ascontiguousarray(probabilities))[None]
     return F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[0].numpy()
-
-
-def save_mask(path: Path, label: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> None:
-    """Write class ids as an 8-bit palette PNG: the numbers for programs, the colours for people."""
-    image = Image.fromarray(label)
-    image.putpalette([value for colour in colours for value in colour])
-    _save_png(path, image)
-
-
-def _save_png(path: Path, image: Image.Image) -> None:
-    replace_file(path, lambda file: image.save(file, format="PNG"))
 
 
 def _tent(height: int, width: int) -> np.ndarray:

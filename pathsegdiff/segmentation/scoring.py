@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from pathsegdiff.evaluation.confusion import PixelScores, confusion_matrix, image_means, scores
@@ -29,6 +28,7 @@ from pathsegdiff.evaluation.objects import (
     pool_objects,
 )
 from pathsegdiff.evaluation.overlays import background_class, panel
+from pathsegdiff.evaluation.pictures import save_mask, save_picture
 from pathsegdiff.evaluation.report import (
     ReportContent,
     image_row,
@@ -37,13 +37,13 @@ from pathsegdiff.evaluation.report import (
     write_report,
 )
 from pathsegdiff.features.store import DatasetCard, StoredSample
-from pathsegdiff.files import replace_file
 from pathsegdiff.segmentation.splits import source_ids
 
 METRICS_FILE = "metrics.json"
 PER_IMAGE_FILE = "per_image.csv"
 REPORT_FILE = "report.html"
 OVERLAYS_FOLDER = "overlays"
+PREDICTIONS_FOLDER = "predictions"
 #: Without validation images there is nothing to choose the smallest object on: keep every one.
 _MIN_AREA_UNCHOSEN = 0
 #: A pixel of this probability or more is a contour (Chen et al. 2016).
@@ -128,7 +128,7 @@ def score_samples(
     provenance: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Score a part and write metrics.json, per_image.csv, overlays/ and report.html.
+    """Score a part; write metrics.json, per_image.csv, predictions/, overlays/ and report.html.
 
     Args:
         segmenter: Predicts.
@@ -154,6 +154,8 @@ def score_samples(
             notes.append("no validation images: every object is kept, however small")
 
     background = background_class(scheme.names)
+    predictions = out / PREDICTIONS_FOLDER
+    predictions.mkdir(parents=True, exist_ok=True)
     confusions, rows, objects, panels = [], [], [], {}
     for number, found in enumerate(segmenter.predictions(samples)):
         sample = found.sample
@@ -184,7 +186,8 @@ def score_samples(
             caption=_caption(row),
         )
         file.parent.mkdir(parents=True, exist_ok=True)
-        _save_png(file, picture)
+        save_picture(file, picture)
+        save_mask(predictions / file.name, found.labels, scheme.colours)
         panels[sample.sample_id] = file
         if progress is not None:
             progress(len(validation) + number + 1, len(validation) + len(samples), part)
@@ -364,7 +367,3 @@ def _caption(row: dict[str, object]) -> str:
         for name, value in parts
         if isinstance(value, float) and not math.isnan(value)
     )
-
-
-def _save_png(path: Path, picture: np.ndarray) -> None:
-    replace_file(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))

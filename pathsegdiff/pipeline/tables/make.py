@@ -165,9 +165,9 @@ def make_runs(settings: TableSettings, *, jobs: int, threads: int | None, log: L
         RunError: If a store cannot be filled.
         KeyboardInterrupt: After Ctrl-C, when every run has left a checkpoint.
     """
-    logs = settings.out / "logs"
+    logs = settings.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    write_json(settings.out / SIGNATURE_FILE, _signature(settings))
+    write_json(settings.folder / SIGNATURE_FILE, _signature(settings))
     todo = [job for job in settings.jobs() if not is_finished(settings, job)]
     running = _Running()
     with deferred_interrupt() as interrupt, ThreadPoolExecutor(jobs) as pool:
@@ -191,7 +191,7 @@ def is_finished(settings: TableSettings, job: Job) -> bool:
 
 def _signature(settings: TableSettings) -> dict[str, Any]:
     """Of all rows that the folder has seen: networks on images have no model."""
-    known = _known_signature(settings.out)
+    known = _known_signature(settings.folder)
     found = settings.signature()
     if known is not None and not settings.stores():
         found["--model"] = known["--model"]
@@ -213,7 +213,7 @@ def _known_signature(out: Path) -> dict[str, Any] | None:
 
 def _refuse_another(settings: TableSettings) -> None:
     """Finished runs are taken as they are, so they must be of these settings."""
-    known = _known_signature(settings.out)
+    known = _known_signature(settings.folder)
     if known is None:
         return
     for option, ours in settings.signature().items():
@@ -221,8 +221,8 @@ def _refuse_another(settings: TableSettings) -> None:
         unknown = option == "--model" and "none" in (ours, theirs)
         if ours != theirs and not unknown:
             raise RunError(
-                f"{settings.out} was made with {option} {theirs}, this asks for {ours}; choose "
-                "another --out"
+                f"{settings.folder} was made with {option} {theirs}, this asks for {ours}; choose "
+                "another --out" + ("" if settings.work is None else ", and --runs")
             )
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from pathsegdiff.pipeline.tables.published import PublishedRow
 
-PLOTTED = "miou"
-
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
@@ -18,7 +16,7 @@ class TableRow:
         name: Of ours in ``ROWS``, or the published one.
         title: For people.
         limit: Training images; None for all.
-        runs: Figures of the finished runs, as ``psd eval`` writes them.
+        runs: Of the finished runs: figures by column, and what ``psd eval`` wrote.
         planned: Runs.
         published: The paper's line, or None.
     """
@@ -31,13 +29,24 @@ class TableRow:
     published: PublishedRow | None
 
     def mean(self, column: str) -> float | None:
-        """Over the runs."""
-        return statistics.mean(run[column] for run in self.runs) if self.runs else None
+        """Over the runs; None where there are none, or one has no such figure."""
+        values = self.values(column)
+        return statistics.mean(values) if values else None
+
+    def values(self, column: str) -> list[float]:
+        """Of every run; none of them where one has no such figure."""
+        found = [run[column] for run in self.runs]
+        return [] if None in found else found
 
     @property
     def images(self) -> int:
         """That the first run was trained on."""
         return int(self.runs[0]["training_images"])
+
+    @property
+    def path(self) -> Path:
+        """The first run's metrics.json."""
+        return Path(self.runs[0]["path"])
 
     def difference(self, column: str) -> float | None:
         """Ours less the published one."""
@@ -46,15 +55,15 @@ class TableRow:
         return None if ours is None or theirs is None else ours - theirs
 
 
-def draw_rows(rows: list[TableRow], file: Path) -> None:
-    """mIoU of every row of ours, lowest to highest run, and the published one beside it."""
+def draw_rows(rows: list[TableRow], column: str, title: str, file: Path) -> None:
+    """A figure of every row of ours, lowest to highest run, and the published one beside it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 0.42 * len(rows) + 1.4), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        values = [run[PLOTTED] for run in row.runs]
+        values = row.values(column)
         if values:
             mean = statistics.mean(values)
             axes.errorbar(
@@ -65,8 +74,8 @@ def draw_rows(rows: list[TableRow], file: Path) -> None:
                 color="#0072B2",
                 capsize=4,
             )
-        if row.published is not None and PLOTTED in row.published.figures:
-            axes.plot(row.published.figures[PLOTTED], place, "x", color="#D55E00")
+        if row.published is not None and column in row.published.figures:
+            axes.plot(row.published.figures[column], place, "x", color="#D55E00")
     few = any(row.limit is not None for row in rows)
     axes.set_yticks(
         range(len(rows)),
@@ -77,12 +86,12 @@ def draw_rows(rows: list[TableRow], file: Path) -> None:
     )
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("mIoU (dots: ours, lowest to highest run; crosses: published)")
+    axes.set_xlabel(f"{title} (dots: ours, lowest to highest run; crosses: published)")
     FigureCanvasAgg(figure).print_png(str(file))
 
 
-def draw_few_labels(rows: list[TableRow], file: Path) -> None:
-    """mIoU over the number of training images that there really were, lowest to highest run."""
+def draw_few_labels(rows: list[TableRow], column: str, title: str, file: Path) -> None:
+    """A figure over the number of training images that there really were, lowest to highest run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -90,20 +99,20 @@ def draw_few_labels(rows: list[TableRow], file: Path) -> None:
     axes = figure.subplots()
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
     for row in rows:
-        if row.runs:
-            values = [run[PLOTTED] for run in row.runs]
+        values = row.values(column)
+        if values:
             mean = statistics.mean(values)
             point = row.images, mean, mean - min(values), max(values) - mean
             lines.setdefault(row.name, []).append(point)
     for name, points in lines.items():
-        x, mean, low, high = (list(values) for values in zip(*sorted(points), strict=True))
-        title = next(row.title for row in rows if row.name == name)
-        axes.errorbar(x, mean, yerr=[low, high], marker="o", capsize=3, label=title)
+        x, means, low, high = (list(part) for part in zip(*sorted(points), strict=True))
+        label = next(row.title for row in rows if row.name == name)
+        axes.errorbar(x, means, yerr=[low, high], marker="o", capsize=3, label=label)
     counts = sorted({point[0] for points in lines.values() for point in points})
     axes.set_xscale("log")
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
-    axes.set(xlabel="training images", ylabel="mIoU")
+    axes.set(xlabel="training images", ylabel=title)
     axes.grid(alpha=0.3)
     if lines:
         axes.legend()

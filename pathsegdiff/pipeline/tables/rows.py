@@ -13,6 +13,7 @@ from typing import Any
 from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.extract import store_name
 from pathsegdiff.features.stage_one import View
+from pathsegdiff.pipeline.baselines.ddpmseg import TIMESTEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,9 @@ class Row:
 
     Attributes:
         title: As the tables name it.
-        store: Whose features a head reads: "encoder", "none" (conditions of the model), or
-            "random" (the model's shapes with random weights); None for a network on images.
+        store: Whose features it reads: "encoder", "none" (conditions of the model), "random" (the
+            model's shapes with random weights), or "timesteps" (of the ensemble); None for a
+            network on images.
         arguments: Of ``train-head``, beside the budget's.
     """
 
@@ -40,6 +42,10 @@ ROWS = {
     "random": Row(title="same shapes, random weights", store="random"),
     "res-unet": Row(title="U-Net with a ResNet-18 encoder, from scratch"),
     "vgg16-fcn8": Row(title="FCN-8s on VGG16, from scratch"),
+    "dcan": Row(title="DCAN on VGG16, from scratch"),
+    "ddpm-seg": Row(
+        title=f"pixel classifiers at t = {', '.join(map(str, TIMESTEPS))}", store="timesteps"
+    ),
     "effnet-unet": Row(title="U-Net with an ImageNet EfficientNet-Lite0"),
 }
 
@@ -52,34 +58,41 @@ class Budget:
         name: Of the option.
         text: For people.
         head: Arguments of ``train-head``.
-        baseline: Of ``baseline``.
+        baseline: Of ``baseline`` on images.
+        ensemble: Of ``baseline`` on stores.
     """
 
     name: str
     text: str
     head: tuple[str, ...]
     baseline: tuple[str, ...]
+    ensemble: tuple[str, ...]
 
 
-_SHORT = "--val 0 --keep last --batch-size 4"
+_SHORT = "--val 0 --keep last"
 BUDGETS = {
     "short": Budget(
         name="short",
         text="a head 200 steps of 4 crops of 256 px, a network on images 200 steps of 4 whole "
-        "images at 512 px; the last weights of a cosine, every training image trains",
+        "images at 512 px, the last weights of a cosine; the pixel classifiers 3000 steps of 64 "
+        "pixels each; every training image trains",
         head=tuple(
             shlex.split(
-                f"{_SHORT} --steps 200 --crop 256 --lr 1e-3 --schedule cosine --augment flips"
+                f"{_SHORT} --batch-size 4 --steps 200 --crop 256 --lr 1e-3 --schedule cosine "
+                "--augment flips"
             )
         ),
-        baseline=tuple(shlex.split(f"{_SHORT} --steps 200 --size 512")),
+        baseline=tuple(shlex.split(f"{_SHORT} --batch-size 4 --steps 200 --size 512")),
+        ensemble=tuple(shlex.split(f"{_SHORT} --steps 3000")),
     ),
     "full": Budget(
         name="full",
         text="a head with the paper's Adam at 1e-4 on whole regions, two at a time, the best on "
-        "validation; a network on images 8 hours, or until validation stops improving",
+        "validation; a network on images 8 hours, or until validation stops improving; the pixel "
+        "classifiers four passes over their pixels",
         head=("--crop", "none", "--batch-size", "2"),
         baseline=tuple(shlex.split("--minutes 480 --size 768")),
+        ensemble=(),
     ),
 }
 
@@ -114,7 +127,8 @@ class TableSettings:
 
     Attributes:
         table: Of ``published.TABLES``.
-        out: Folder of stores, runs and the table.
+        out: Folder of the table.
+        work: Folder of stores and runs; None for ``out``.
         dataset: Name, or path of a manifest.
         dataset_name: As the manifest says.
         data_root: Folder with its images, or None.
@@ -135,6 +149,7 @@ class TableSettings:
 
     table: str
     out: Path
+    work: Path | None = None
     dataset: str
     dataset_name: str
     data_root: Path | None = None
@@ -168,7 +183,8 @@ class TableSettings:
             "--eval-split": self.eval_split,
             "--model": self.model_name,
             "--t": self.timestep,
-            "--budget": f"{self.budget}: {shlex.join(budget.head)}; {shlex.join(budget.baseline)}",
+            "--budget": f"{self.budget}: {shlex.join(budget.head)}; {shlex.join(budget.baseline)}; "
+            f"{shlex.join(budget.ensemble)}",
             "--precision": self.precision,
         }
 
@@ -182,21 +198,33 @@ class TableSettings:
             for row in self.rows
         ]
 
+    @property
+    def folder(self) -> Path:
+        """Of stores and runs."""
+        return self.out if self.work is None else self.work
+
     def stores(self) -> set[str]:
         """Kinds of stores that the rows read."""
         return {store for row in self.rows if (store := ROWS[row].store) is not None}
 
-    def store(self, kind: str) -> Path:
+    def store_of(self, kind: str, timestep: int) -> Path:
         """Where a store is, by the name that ``psd extract`` gives it."""
-        folder = self.out / "features"
+        folder = self.folder / "features"
         if kind == "random":
             return folder / "random.zarr"
-        view = View(timestep=self.timestep, conditioning=kind)
+        view = View(timestep=timestep, conditioning=kind)
         return folder / store_name(self.dataset_name, self.model_name, view)
+
+    def stores_of(self, row: Row) -> list[Path]:
+        """Those that a row reads."""
+        assert row.store is not None
+        if row.store == "timesteps":
+            return [self.store_of("encoder", timestep) for timestep in TIMESTEPS]
+        return [self.store_of(row.store, self.timestep)]
 
     def run(self, job: Job) -> Path:
         """Folder of a run."""
-        return self.out / "runs" / job.name
+        return self.folder / "runs" / job.name
 
     def metrics(self, job: Job) -> Path:
         """The figures of a finished run."""
@@ -206,41 +234,51 @@ class TableSettings:
     def extractions(self) -> list[list[str]]:
         """Commands that fill the stores."""
         stores = self.stores()
-        common = ["extract", *self._data(), "--t", str(self.timestep)]
+        common = ["extract", *self._data()]
         # Folds are of the training split alone.
         splits = [self.train_split, *([] if self.folds else [self.eval_split])]
         for split in dict.fromkeys(splits):
             common += ["--split", split]
         commands = []
+        rest = [timestep for timestep in TIMESTEPS if timestep != self.timestep]
+        if "timesteps" in stores and len(rest) < len(TIMESTEPS):
+            stores = stores | {"encoder"}
         if stores & {"encoder", "none"}:
             condition = "both" if "none" in stores else "encoder"
-            out = self.out / "features" if condition == "both" else self.store("encoder")
-            commands.append(
-                [*common, "--model", self.model, "--cond", condition, "--tokens", "--out", str(out)]
-            )
+            out = self.store_of("encoder", self.timestep)
+            if condition == "both":
+                out = out.parent
+            model = ["--model", self.model, "--cond", condition, "--tokens", "--out", str(out)]
+            commands.append([*common, "--t", str(self.timestep), *model])
+        if "timesteps" in stores:
+            out = self.folder / "features"
+            several = ["--t", ",".join(map(str, rest)), "--model", self.model, "--out", str(out)]
+            commands.append([*common, *several])
         if "random" in stores:
-            out = self.store("random")
-            commands.append([*common, "--model", str(self.random), "--out", str(out)])
+            out = self.store_of("random", self.timestep)
+            random = ["--model", str(self.random), "--out", str(out)]
+            commands.append([*common, "--t", str(self.timestep), *random])
         return commands
 
     def commands(self, job: Job) -> list[list[str]]:
         """Commands that train and score a run, in this order."""
         row, budget, out = ROWS[job.row], BUDGETS[self.budget], str(self.run(job))
-        common = ["--split", self.train_split, "--seed", str(job.seed)]
-        common += ["--precision", self.precision, "--out", out]
+        common = ["--split", self.train_split, "--seed", str(job.seed), "--out", out]
+        precision = ["--precision", self.precision]
         if job.limit is not None:
             common += ["--limit-images", str(job.limit)]
         if job.fold is not None:
             common += ["--fold", str(job.fold)]
+        eval_split = [] if job.fold is not None else ["--eval-split", self.eval_split]
         if row.store is None:
-            scored = [] if job.fold is not None else ["--eval-split", self.eval_split]
-            return [["baseline", job.row, *self._data(), *common, *scored, *budget.baseline]]
-        features = ["--features", str(self.store(row.store))]
+            network = ["baseline", job.row, *self._data(), *common, *precision, *eval_split]
+            return [[*network, *budget.baseline]]
+        features = [part for store in self.stores_of(row) for part in ("--features", str(store))]
+        if row.store == "timesteps":
+            return [["baseline", job.row, *features, *common, *eval_split, *budget.ensemble]]
         scored = [] if job.fold is not None else ["--split", self.eval_split]
-        return [
-            ["train-head", *features, *common, *row.arguments, *budget.head],
-            ["eval", "--run", out, *features, *scored],
-        ]
+        head = ["train-head", *features, *common, *precision, *row.arguments, *budget.head]
+        return [head, ["eval", "--run", out, *features, *scored]]
 
     def _data(self) -> list[str]:
         root = [] if self.data_root is None else ["--data-root", str(self.data_root)]

@@ -4,6 +4,8 @@ import csv
 import html
 import io
 import json
+import os
+import statistics
 from base64 import b64encode
 from functools import partial
 from pathlib import Path
@@ -12,20 +14,32 @@ from typing import Any
 from pathsegdiff.errors import RunError
 from pathsegdiff.evaluation.compare import compare, read_scored
 from pathsegdiff.files import replace_file
+from pathsegdiff.pipeline.tables.columns import Columns, columns_of
 from pathsegdiff.pipeline.tables.make import is_finished
-from pathsegdiff.pipeline.tables.plots import PLOTTED, TableRow, draw_few_labels, draw_rows
-from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES, TITLES
+from pathsegdiff.pipeline.tables.plots import TableRow, draw_few_labels, draw_rows
+from pathsegdiff.pipeline.tables.published import TABLES
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
 from pathsegdiff.segmentation.splits import source_of_window
 
 FEW_LABELS = "few_labels.png"
+#: Of ``psd compare``: what paired differences are of.
+_COMPARED = "miou"
 
 
-def collect(settings: TableSettings) -> list[TableRow]:
-    """The published rows in their order, then ours that the paper does not have."""
-    known = {row.ours: row for row in TABLES[settings.table].rows if row.ours is not None}
+def collect(settings: TableSettings) -> tuple[Columns, list[TableRow]]:
+    """The columns; the published rows in their order, then ours that the paper does not have."""
+    table = TABLES[settings.table]
+    finished = {
+        job: _read_run(settings, job) for job in settings.jobs() if is_finished(settings, job)
+    }
+    columns = columns_of(
+        table,
+        same_dataset=settings.dataset_name == table.dataset,
+        metrics=list(finished.values()),
+    )
+    known = {row.ours: row for row in table.rows if row.ours is not None}
     found = []
-    for published in TABLES[settings.table].rows:
+    for published in table.rows:
         if published.ours not in settings.rows or None not in settings.limits:
             found.append(
                 TableRow(
@@ -40,7 +54,11 @@ def collect(settings: TableSettings) -> list[TableRow]:
     for name in settings.rows:
         for limit in settings.limits:
             jobs = [job for job in settings.jobs() if (job.row, job.limit) == (name, limit)]
-            runs = tuple(_figures(settings, job) for job in jobs if is_finished(settings, job))
+            runs = tuple(
+                {**finished[job], **columns.figures(finished[job])}
+                for job in jobs
+                if job in finished
+            )
             printed = known.get(name) if limit is None else None
             title = known[name].name if name in known else ROWS[name].title
             found.append(
@@ -53,8 +71,8 @@ def collect(settings: TableSettings) -> list[TableRow]:
                     published=printed,
                 )
             )
-    order = {row.name: number for number, row in enumerate(TABLES[settings.table].rows)}
-    return sorted(
+    order = {row.name: number for number, row in enumerate(table.rows)}
+    return columns, sorted(
         found,
         key=lambda row: len(order) if row.published is None else order[row.published.name],
     )
@@ -62,19 +80,20 @@ def collect(settings: TableSettings) -> list[TableRow]:
 
 def write(settings: TableSettings) -> str:
     """Write table.md, table.csv, plot.png and report.html; the Markdown is returned."""
-    rows = collect(settings)
-    lines = _cells(settings, rows)
+    columns, rows = collect(settings)
+    lines = _cells(settings, columns, rows)
     ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     text = "".join(f"| {' | '.join(line)} |\n" for line in ruled)
-    notes = notes_of(settings, rows)
+    notes = notes_of(settings, columns, rows)
     settings.out.mkdir(parents=True, exist_ok=True)
     whole = text + "\n" + "".join(f"- {note}\n" for note in notes)
     table = io.StringIO()
     csv.writer(table).writerows(lines)
     picture = settings.out / "plot.png"
-    replace_file(picture, partial(draw_rows, rows))
+    drawn = columns.plotted, columns.titles[columns.plotted]
+    replace_file(picture, partial(draw_rows, rows, *drawn))
     if settings.limits[1:]:
-        replace_file(settings.out / FEW_LABELS, partial(draw_few_labels, rows))
+        replace_file(settings.out / FEW_LABELS, partial(draw_few_labels, rows, *drawn))
     page = _page(settings, lines, notes, picture.read_bytes())
     for name, content in (
         ("table.md", whole),
@@ -85,7 +104,7 @@ def write(settings: TableSettings) -> str:
     return whole
 
 
-def notes_of(settings: TableSettings, rows: list[TableRow]) -> list[str]:
+def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> list[str]:
     """What a reader has to know of the table and of its rows."""
     table = TABLES[settings.table]
     budget = BUDGETS[settings.budget]
@@ -110,15 +129,21 @@ def notes_of(settings: TableSettings, rows: list[TableRow]) -> list[str]:
     if incomplete:
         notes.append(f"Incomplete (runs are missing): {', '.join(incomplete)}.")
     ours = _reference(rows)
-    reference = None if ours is None else ours.mean(PLOTTED)
+    reference = None if ours is None else ours.mean(columns.plotted)
     if reference is not None:
         better = [
             row.title
             for row in rows
-            if row.limit is None and (row.mean(PLOTTED) or 0) > reference and row is not ours
+            if row.limit is None
+            and (row.mean(columns.plotted) or 0) > reference
+            and row is not ours
         ]
         if better:
-            notes.append(f"Better than PathSegDiff here, by mIoU: {', '.join(better)}.")
+            by = columns.titles[columns.plotted]
+            notes.append(f"Better than PathSegDiff here, by {by}: {', '.join(better)}.")
+    if table.note:
+        notes.append(f"{table.title.split(':', 1)[0]}: {table.note}.")
+    notes += [note for row in rows if (note := _objects_note(row))]
     notes += [
         f"{row.published.name}: {row.published.note}."
         for row in rows
@@ -132,7 +157,22 @@ def _reference(rows: list[TableRow]) -> TableRow | None:
     return next((row for row in rows if row.name == "conditioned" and row.limit is None), None)
 
 
-def _figures(settings: TableSettings, job: Job) -> dict[str, Any]:
+def _objects_note(row: TableRow) -> str:
+    """Ours beside published figures of objects, which the columns of pixels cannot hold."""
+    if row.published is None or not row.published.objects:
+        return ""
+    found = [run["objects"] for run in row.runs if run.get("objects")]
+    if not found:
+        return ""
+    dice, f1 = (statistics.mean(one[name] for one in found) for name in ("dice", "f1"))
+    printed = row.published.figures
+    return (
+        f"{row.title}, by objects: Dice {dice:.3f} (published {printed['dice']:.3f}), F1 {f1:.3f} "
+        f"(published {printed['f1']:.3f}); its columns are of pixels."
+    )
+
+
+def _read_run(settings: TableSettings, job: Job) -> dict[str, Any]:
     """The metrics of a finished run, and how many images it was trained on."""
     file = settings.metrics(job)
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -148,18 +188,19 @@ def _images(config: dict[str, Any]) -> int:
     return len({source_of_window(sample) for sample in samples})
 
 
-def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
+def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> list[list[str]]:
     few = settings.limits != (None,)
     other = settings.dataset_name != TABLES[settings.table].dataset
+    plotted = columns.titles[columns.plotted]
     lines = [
         [
             "row",
             *(["images"] if few else []),
-            *(f"{TITLES[column]} {kind}" for column in COLUMNS for kind in ("ours", "paper")),
-            *([] if other else ["mIoU, ours less paper"]),
+            *(f"{title} {kind}" for title in columns.titles.values() for kind in ("ours", "paper")),
+            *([] if other else [f"{plotted}, ours less paper"]),
             "mIoU less PathSegDiff's here (paired 95 % interval)",
-            "mIoU, lowest to highest run",
-            "mIoU, 95 % interval over images",
+            f"{plotted}, lowest to highest run",
+            f"{plotted}, 95 % interval over images",
             "runs",
         ]
     ]
@@ -167,17 +208,20 @@ def _cells(settings: TableSettings, rows: list[TableRow]) -> list[list[str]]:
     for row in rows:
         images = ["" if not row.planned else "all" if row.limit is None else str(row.limit)]
         values: list[str] = []
-        for column in COLUMNS:
-            theirs = None if row.published is None else row.published.figures.get(column)
+        for column in columns.titles:
+            published = row.published
+            theirs = None
+            if published is not None and not (published.objects and row.runs):
+                theirs = published.figures.get(column)
             values += [_number(row.mean(column)), _number(theirs)]
         lines.append(
             [
                 row.title,
                 *(images if few else []),
                 *values,
-                *([] if other else [_signed(row.difference(PLOTTED))]),
+                *([] if other else [_signed(row.difference(columns.plotted))]),
                 _less_ours(row, ours),
-                *_spread(row),
+                *_spread(row, columns.plotted),
                 _complete(row),
             ]
         )
@@ -189,21 +233,20 @@ def _less_ours(row: TableRow, ours: TableRow | None) -> str:
     if ours is None or row is ours or row.limit is not None or not row.runs or not ours.runs:
         return ""
     try:
-        scored = [read_scored(Path(one.runs[0]["path"])) for one in (row, ours)]
-        found = compare(*scored).differences[PLOTTED]
+        found = compare(read_scored(row.path), read_scored(ours.path)).differences[_COMPARED]
     except RunError as error:
         return "scored by an older version" if "older version" in str(error) else "other images"
     return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
-def _spread(row: TableRow) -> list[str]:
-    if not row.runs:
+def _spread(row: TableRow, column: str) -> list[str]:
+    values = row.values(column)
+    if not values:
         return ["", ""]
-    values = [run[PLOTTED] for run in row.runs]
-    interval = row.runs[0]["intervals"][PLOTTED]
+    interval = row.runs[0]["intervals"].get(column)
     return [
         f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "",
-        f"{interval['low']:.3f} to {interval['high']:.3f}",
+        "" if interval is None else f"{interval['low']:.3f} to {interval['high']:.3f}",
     ]
 
 
@@ -232,9 +275,9 @@ def _page(settings: TableSettings, lines: list[list[str]], notes: list[str], pic
         for line in lines[1:]
     )
     links = "".join(
-        f'<li><a href="{html.escape(str(report.relative_to(settings.out)))}">'
+        f'<li><a href="{html.escape(os.path.relpath(report, settings.out))}">'
         f"{html.escape(report.parent.parent.name)}</a></li>"
-        for report in sorted(settings.out.glob("runs/*/eval-*/report.html"))
+        for report in sorted(settings.folder.glob("runs/*/eval-*/report.html"))
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>'
@@ -242,7 +285,7 @@ def _page(settings: TableSettings, lines: list[list[str]], notes: list[str], pic
         "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3rem "
         ".5rem;text-align:left}img{max-width:100%}</style></head>"
         f"<body><h1>{title}</h1><table><tr>{header}</tr>{body}</table>"
-        f'<p><img alt="mIoU of every row" src="data:image/png;base64,{encoded}">'
+        f'<p><img alt="Every row, ours and published" src="data:image/png;base64,{encoded}">'
         f"</p><ul>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>"
         f"<h2>Every run</h2><ul>{links}</ul></body></html>\n"
     )
