@@ -3,8 +3,8 @@
     python benchmarks/ebhi7.py --ebhi ~/EBHI --out ~/ebhi7
     psd reproduce table2 --dataset ~/ebhi7/ebhi7.toml --model tiny --folds 0,1,2,3 --seeds 0
 
-300 training images of the data set ebhi (CC BY 4.0): background and six diagnoses, all images of the
-two rare ones and 51 or 52 of each other, case by case in an order by a hash. It is not BCSS: a
+300 training images of the data set ebhi (CC BY 4.0): background and six diagnoses, at most 8 images
+of a case, as even as there are images, case by case in an order by a hash. It is not BCSS: a
 diagnosis is of the whole image, so a network may learn it from anywhere in it. Four folds by case.
 """
 
@@ -32,6 +32,8 @@ DIAGNOSES = (
     "adenocarcinoma",
 )
 IMAGES, FOLDS, SEED = 300, 4, 0
+#: Of a case and diagnosis.
+MOST = 8
 BACKGROUND = (230, 230, 230)
 COLUMNS = ("sample_id", "image", "mask", "split", "group", "diagnosis", "fold")
 TOML = """name = "ebhi7"
@@ -56,8 +58,12 @@ classes = [
 def choose(sources: list[Source]) -> list[Source]:
     """``IMAGES`` of them: every image of the rarest diagnoses, as many of each other."""
     by_diagnosis: dict[str, list[Source]] = {name: [] for name in DIAGNOSES}
-    for source in sources:
-        by_diagnosis[source.extra["diagnosis"]].append(source)
+    taken: Counter[tuple[str, str]] = Counter()
+    for source in sorted(sources, key=lambda one: one.image):
+        diagnosis = source.extra["diagnosis"]
+        taken[source.group, diagnosis] += 1
+        if taken[source.group, diagnosis] <= MOST:
+            by_diagnosis[diagnosis].append(source)
     chosen: list[Source] = []
     rarest_first = sorted(DIAGNOSES, key=lambda name: (len(by_diagnosis[name]), name))
     for done, name in enumerate(rarest_first):
