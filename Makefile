@@ -7,7 +7,8 @@ PSD := $(BIN)/psd
 CONSTRAINTS := tests/constraints.txt
 
 .PHONY: help setup demo test test-slow check format bench bench-gpu clean reproduce-table1 reproduce-table2 \
-  reproduce-table4 reproduce-table5 reproduce-fig4 reproduce-fig5 gpu-pretrain-dry-run
+  reproduce-table3 reproduce-table4 reproduce-table5 reproduce-fig4 reproduce-fig5 \
+  reproduce-qualitative gpu-pretrain-dry-run
 
 help:
 	@echo "make demo                  the whole pipeline on embedded images; leaves demo/report.html"
@@ -19,7 +20,7 @@ help:
 	@echo "make gpu-pretrain-dry-run  pre-training in short turns, rehearsed on a CPU (a minute)"
 	@echo "make reproduce-table1      Table 1 of the paper: parameters, counted"
 	@echo "make reproduce-table2      Table 2 (BCSS; MODEL=..., DATASET=..., BUDGET=full, OUT=...)"
-	@echo "make reproduce-table4      Table 4 (GlaS; the same), -table5, -fig4, -fig5 likewise"
+	@echo "make reproduce-table4      Table 4 (GlaS; the same); -table3, -table5, -fig4, -fig5, -qualitative"
 	@echo "make clean                 remove .venv and caches; data, features, runs and models stay"
 
 $(VENV)/.user: pyproject.toml $(CONSTRAINTS)
@@ -63,7 +64,8 @@ bench-gpu: $(VENV)/.user
 gpu-pretrain-dry-run: $(VENV)/.user
 	$(BIN)/python benchmarks/gpu_pretrain_dry_run.py
 
-reproduce-table1 reproduce-table2 reproduce-table4 reproduce-table5 reproduce-fig4 reproduce-fig5: \
+reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5 reproduce-fig4 \
+  reproduce-fig5 reproduce-qualitative: \
   $(VENV)/.user
 	@$(PSD) reproduce $(@:reproduce-%=%)
 

@@ -200,6 +200,77 @@ def table3(**options: Any) -> None:
     _make("table3", **options)
 
 
+@reproduce.command()
+@click.option("--dataset", default="glas", show_default=True, envvar="DATASET")
+@data_root_option
+@click.option(
+    "--runs",
+    type=PATH,
+    default=Path("reproduction") / "table4",
+    show_default=True,
+    help="Folder of a table that was made.",
+)
+@click.option(
+    "--rows", metavar="NAME[,...]", help="In this order [default: every row that was scored]."
+)
+@click.option("--eval-split", help="[default: as the data set says, such as testB of GlaS].")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the runs.")
+@click.option(
+    "--images",
+    metavar="ID[,...]",
+    help="[default: from the worst to the best image of the first row].",
+)
+@click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Images.")
+@click.option(
+    "--out",
+    type=PATH,
+    default=Path("reproduction") / "qualitative",
+    show_default=True,
+    envvar="OUT",
+)
+def qualitative(
+    dataset: str,
+    data_root: Path | None,
+    runs: Path,
+    rows: str | None,
+    eval_split: str | None,
+    seed: int,
+    images: str | None,
+    count: int,
+    out: Path,
+) -> None:
+    """The qualitative figure: image, truth, and the prediction of every row side by side.
+
+    It holds pixels of the data set: mind its licence before you pass it on (GlaS: research only).
+
+    \b
+    Example:
+      psd reproduce qualitative --data-root ~/GlaS
+      psd reproduce qualitative --data-root ~/GlaS --rows conditioned,tokens --images testB_3
+    """
+    from pathsegdiff.data.manifest import open_dataset
+    from pathsegdiff.pipeline.tables.qualitative import draw_qualitative
+    from pathsegdiff.pipeline.tables.rows import check_rows
+
+    def listed(text: str | None) -> list[str]:
+        return [part.strip() for part in text.split(",")] if text else []
+
+    if rows:
+        check_rows(listed(rows))
+    opened = open_dataset(dataset, data_root=data_root)
+    picture, shown = draw_qualitative(
+        opened,
+        runs,
+        out,
+        rows=listed(rows),
+        split=eval_split or opened.manifest.default_eval,
+        seed=seed,
+        images=listed(images),
+        count=count,
+    )
+    click.echo(f"{', '.join(shown)}: {picture}")
+
+
 def _make(
     table: str, *, rows: str, limit_images: tuple[int | None, ...], jobs: int | None,
     table_only: bool, **others: Any,

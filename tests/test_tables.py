@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cli.main import run
 from pathsegdiff.errors import ConfigError, RunError
@@ -189,7 +190,8 @@ def test_table_3_is_of_single_classes_and_takes_the_runs_of_table_2(
     )
     # Another data set's own classes, the ones with most pixels first; nothing published fits them.
     names = [one["name"] for one in sorted(metrics["per_class"], key=lambda one: -one["pixels"])]
-    header, _, *lines = text.splitlines()
+    title, _, header, _, *lines = text.splitlines()
+    assert title == "# Table 3 on discs, not bcss: a stand-in"
     assert header.startswith(f"| row | IoU {names[0]} ours | IoU {names[0]} paper |")
     (ours,) = [line for line in lines if line.startswith("| PathSegDiff |")]
     assert f"{metrics['per_class'][0]['iou']:.3f}" in ours
@@ -197,6 +199,40 @@ def test_table_3_is_of_single_classes_and_takes_the_runs_of_table_2(
     assert "weakly supervised" in text
     page = (tmp_path / "reproduction/table3/report.html").read_text()
     assert 'href="../table2/runs/conditioned-seed0/eval-test/report.html"' in page
+
+
+def test_the_qualitative_figure_shows_every_row_from_the_worst_to_the_best(
+    folder, tmp_path, quick, capsys
+):
+    out = tmp_path / "t"
+    settings = settings_of(folder, out, rows=("conditioned", "tokens"))
+    command = ["reproduce", "qualitative", "--dataset", str(folder / "data" / "discs.toml")]
+    command += ["--runs", str(out), "--out", str(tmp_path / "q")]
+    assert run(command) == 1
+    assert "has no scored run of any row with seed 0 on test" in capsys.readouterr().err
+    make_runs(settings, jobs=1, threads=None, log=lambda line: None)
+    assert run(command) == 0
+    said = capsys.readouterr().out
+    with Image.open(tmp_path / "q" / "qualitative.png") as picture:
+        wide, high = picture.size
+    assert wide > 4 * 320 and high > 2 * 320
+    metrics = json.loads((out / "runs/conditioned-seed0/eval-test/metrics.json").read_text())
+    ordered = sorted(metrics["images"], key=lambda image: image["dice"])
+    assert said.startswith(", ".join(image["sample_id"] for image in ordered))
+    assert run([*command, "--rows", "tokens", "--images", "test_1", "--count", "1"]) == 0
+    with Image.open(tmp_path / "q" / "qualitative.png") as picture:
+        assert picture.size[0] < wide and picture.size[1] < high
+    for options, message in (
+        (["--images", "nobody"], "image 'nobody' is not among those of test"),
+        (["--rows", "random"], "no scored run of random"),
+        (["--rows", "what"], "no row is called 'what'"),
+        (["--seed", "3"], "with seed 3"),
+    ):
+        assert run([*command, *options]) == 1
+        assert message in capsys.readouterr().err
+    (out / "runs/tokens-seed0/eval-test/predictions/test_0.png").unlink()
+    assert run(command) == 1
+    assert "test_0.png is missing: score the run again" in capsys.readouterr().err
 
 
 def test_table_3_of_bcss_holds_its_four_classes_against_the_published_ones():

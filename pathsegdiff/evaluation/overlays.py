@@ -9,6 +9,7 @@ means that the pixel does not count (don't care, outside): it is hatched in grey
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -187,12 +188,9 @@ def panel(
     _check(image, prediction)
     size = _fit(prediction.shape, tile_px)
     small = _resized(image, size)
-
-    def labelled(label: np.ndarray) -> np.ndarray:
-        shares = _class_shares(label, range(len(colours)), size)
-        rest = _share(label >= len(colours), size)
-        drawn = _tinted(small, shares, dict(enumerate(colours)), alpha, 2.0, {background}, rest)
-        return _to_uint8(_hatched(drawn, rest))
+    labelled = partial(
+        _labelled, small, size=size, colours=colours, background=background, alpha=alpha
+    )
 
     tiles = [("Image", _to_uint8(small))]
     legend = [(name, colours[k], k == background) for k, name in enumerate(names)]
@@ -226,7 +224,70 @@ def panel(
     return _page(tiles, marks, error_marks, title, caption, alpha)
 
 
+def comparison(
+    image: np.ndarray,
+    truth: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    *,
+    names: Sequence[str],
+    colours: Sequence[Colour],
+    background: int | None = None,
+    title: str = "",
+    tile_px: int = 320,
+    alpha: float = 0.25,
+) -> np.ndarray:
+    """One row of tiles: image, truth, and what several models predict.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        truth: (H, W) integer labels; where it is K or more, nothing is shown of the predictions.
+        predictions: (H, W) integer labels by the words above their tile.
+        names, colours: Of the K classes.
+        background: Class without tint.
+        title: Above the tiles.
+        tile_px: Longest side of one tile.
+        alpha: Strength of the tint.
+
+    Returns:
+        (rows, columns, 3) uint8 RGB on white.
+
+    Raises:
+        ValueError: If the shapes do not fit each other.
+    """
+    for label in (truth, *predictions.values()):
+        _check(image, label)
+    size = _fit(truth.shape, tile_px)
+    small = _resized(image, size)
+    labelled = partial(
+        _labelled, small, size=size, colours=colours, background=background, alpha=alpha
+    )
+    outside = truth >= len(names)
+    tiles = [("Image", _to_uint8(small)), ("Ground truth", labelled(truth))]
+    for name, label in predictions.items():
+        tiles.append((name, labelled(np.where(outside, len(names), label))))
+    marks = [(name, colours[k], "tint") for k, name in enumerate(names) if k != background]
+    if outside.any():
+        marks.append(("not counted", _HATCH_COLOUR, "hatch"))
+    return _page(tiles, marks, [], title, "", alpha)
+
+
 # --- drawing -------------------------------------------------------------------------------------
+
+
+def _labelled(
+    small: np.ndarray,
+    label: np.ndarray,
+    *,
+    size: tuple[int, int],
+    colours: Sequence[Colour],
+    background: int | None,
+    alpha: float,
+) -> np.ndarray:
+    """A tile: (h, w, 3) float32 pixels with the labels' tint; (h, w, 3) uint8."""
+    shares = _class_shares(label, range(len(colours)), size)
+    rest = _share(label >= len(colours), size)
+    drawn = _tinted(small, shares, dict(enumerate(colours)), alpha, 2.0, {background}, rest)
+    return _to_uint8(_hatched(drawn, rest))
 
 
 def _check(image: np.ndarray, label: np.ndarray) -> None:

@@ -86,7 +86,7 @@ def write(settings: TableSettings) -> str:
     text = "".join(f"| {' | '.join(line)} |\n" for line in ruled)
     notes = notes_of(settings, columns, rows)
     settings.out.mkdir(parents=True, exist_ok=True)
-    whole = text + "\n" + "".join(f"- {note}\n" for note in notes)
+    whole = f"# {title_of(settings)}\n\n" + text + "\n" + "".join(f"- {note}\n" for note in notes)
     table = io.StringIO()
     csv.writer(table).writerows(lines)
     picture = settings.out / "plot.png"
@@ -104,21 +104,30 @@ def write(settings: TableSettings) -> str:
     return whole
 
 
+def title_of(settings: TableSettings) -> str:
+    """For people; what is not on the paper's data set says so first."""
+    table = TABLES[settings.table]
+    if settings.dataset_name == table.dataset:
+        return f"{table.title}: ours and the published figures"
+    number = table.title.split(":", 1)[0]
+    return f"{number} on {settings.dataset_name}, not {table.dataset}: a stand-in"
+
+
 def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> list[str]:
     """What a reader has to know of the table and of its rows."""
     table = TABLES[settings.table]
     budget = BUDGETS[settings.budget]
     notes = [
-        f"Ours: model {settings.model}, t = {settings.timestep}; {budget.text}. The paper states "
-        "neither batch size, epochs nor augmentation.",
+        f"Ours: model {settings.model_name}, t = {settings.timestep}; {budget.text}. The paper "
+        "states neither batch size, epochs nor augmentation.",
         "Published figures: Danisetty et al. 2025, 'PathSegDiff', "
         f"{table.title.split(':', 1)[0]}; ours are pooled over the scored images, unweighted mean "
         "over classes; the interval is a bootstrap over the images of the first run.",
     ]
     if settings.dataset_name != table.dataset:
         notes.append(
-            f"Ours were made on {settings.dataset}, not on {table.dataset}: they do not compare "
-            "with the published figures."
+            f"Ours were made on {settings.dataset_name}, not on {table.dataset}: they do not "
+            "compare with the published figures."
         )
     if settings.folds:
         notes.append(
@@ -266,8 +275,7 @@ def _signed(value: float | None) -> str:
 
 
 def _page(settings: TableSettings, lines: list[list[str]], notes: list[str], picture: bytes) -> str:
-    published = TABLES[settings.table].title
-    title = html.escape(f"{published}: ours ({settings.dataset}) and the paper's")
+    title = html.escape(title_of(settings))
     encoded = b64encode(picture).decode()
     header = "".join(f"<th>{html.escape(cell)}</th>" for cell in lines[0])
     body = "".join(

@@ -1,0 +1,119 @@
+"""The qualitative figure: what the rows of a table predict on the same images, side by side."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pathsegdiff.data.image import read_label_image
+from pathsegdiff.data.manifest import Dataset
+from pathsegdiff.errors import RunError
+from pathsegdiff.evaluation.overlays import background_class, comparison
+from pathsegdiff.evaluation.pictures import save_picture
+from pathsegdiff.pipeline.tables.rows import ROWS, Job
+from pathsegdiff.segmentation.scoring import METRICS_FILE, PREDICTIONS_FOLDER
+
+PICTURE_FILE = "qualitative.png"
+
+
+def draw_qualitative(
+    dataset: Dataset,
+    runs: Path,
+    out: Path,
+    *,
+    rows: Sequence[str] = (),
+    split: str,
+    seed: int = 0,
+    images: Sequence[str] = (),
+    count: int = 4,
+) -> tuple[Path, list[str]]:
+    """Draw a line of tiles for each image: image, truth, and the prediction of every row.
+
+    Args:
+        dataset: Open; the images and their truth are read from it.
+        runs: Folder of a table: ``runs/ROW-seedN/eval-SPLIT``.
+        out: Folder of the picture.
+        rows: Names of ``ROWS``; empty for those that have a scored run, in their order.
+        split: That was scored.
+        seed: Of the runs.
+        images: Sample ids; empty for ``count`` from the worst to the best of the first row.
+        count: Images, from 1.
+
+    Returns:
+        The picture, and the sample ids in it.
+
+    Raises:
+        RunError: If a row or an image has no prediction.
+        DataError: If an image cannot be read.
+    """
+    scored = {
+        name: runs / "runs" / Job(row=name, seed=seed).name / f"eval-{split}" for name in ROWS
+    }
+    there = [name for name, folder in scored.items() if (folder / METRICS_FILE).is_file()]
+    rows = list(rows) or there
+    missing = [name for name in rows if name not in there]
+    if missing or not rows:
+        raise RunError(
+            f"{runs} has no scored run of {missing[0] if missing else 'any row'} with seed {seed} "
+            f"on {split}; make it with `psd reproduce` (--runs names another folder)"
+        )
+    dice = {name: _dice(scored[name] / METRICS_FILE) for name in rows}
+    chosen = list(images) or _spread(dice[rows[0]], count)
+    known = {sample.sample_id: sample for sample in dataset.samples}
+    scheme = dataset.scheme
+    lines = []
+    for sample_id in chosen:
+        if sample_id not in known or any(sample_id not in found for found in dice.values()):
+            raise RunError(f"image {sample_id!r} is not among those of {split} that were scored")
+        region = dataset.read(known[sample_id])
+        predictions = {}
+        for name in rows:
+            file = scored[name] / PREDICTIONS_FOLDER / f"{sample_id}.png"
+            if not file.is_file():
+                raise RunError(f"{file} is missing: score the run again, with `psd eval`")
+            title = f"{_title(name)} ({dice[name][sample_id]:.2f})"
+            predictions[title] = read_label_image(file)
+        lines.append(
+            comparison(
+                region.image,
+                region.label,
+                predictions,
+                names=scheme.names,
+                colours=scheme.colours,
+                background=background_class(scheme.names),
+                title=f"{sample_id} (in brackets: Dice)",
+            )
+        )
+    width = max(line.shape[1] for line in lines)
+    padded = [
+        np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255)
+        for line in lines
+    ]
+    picture = out / PICTURE_FILE
+    out.mkdir(parents=True, exist_ok=True)
+    save_picture(picture, np.concatenate(padded))
+    return picture, chosen
+
+
+def _title(name: str) -> str:
+    """Short enough for a tile."""
+    return "PathSegDiff" if name == "conditioned" else name
+
+
+def _dice(file: Path) -> dict[str, float]:
+    """By sample id; images without one (no pixel counts) are left out."""
+    metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        image["sample_id"]: image["dice"]
+        for image in metrics["images"]
+        if image["dice"] is not None
+    }
+
+
+def _spread(dice: dict[str, float], count: int) -> list[str]:
+    """Sample ids from the worst to the best, evenly in between."""
+    ordered = sorted(dice, key=lambda name: (dice[name], name))
+    places = np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int)
+    return [ordered[place] for place in places]
