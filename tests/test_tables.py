@@ -211,6 +211,7 @@ def test_the_qualitative_figure_shows_every_row_from_the_worst_to_the_best(
     assert run(command) == 1
     assert "has no scored run of any row with seed 0 on test" in capsys.readouterr().err
     make_runs(settings, jobs=1, threads=None, log=lambda line: None)
+    capsys.readouterr()
     assert run(command) == 0
     said = capsys.readouterr().out
     with Image.open(tmp_path / "q" / "qualitative.png") as picture:
