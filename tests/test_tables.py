@@ -22,6 +22,7 @@ from pathsegdiff.pipeline.tables.parameters import parameters_table
 from pathsegdiff.pipeline.tables.published import COLUMNS, MEAN, TABLES
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
 from pathsegdiff.pipeline.tables.write import collect, write
+from tests.helpers_data import make_bcss
 from tests.helpers_stage_one import write_dataset
 
 
@@ -199,6 +200,29 @@ def test_table_3_is_of_single_classes_and_takes_the_runs_of_table_2(
     assert "weakly supervised" in text
     page = (tmp_path / "reproduction/table3/report.html").read_text()
     assert 'href="../table2/runs/conditioned-seed0/eval-test/report.html"' in page
+
+
+def test_windows_with_dont_care_and_five_classes_make_tables_2_and_3(
+    folder, tmp_path, quick, monkeypatch
+):
+    """BCSS' shape: 22 codes in five classes, windows of 800 px at half the images' resolution."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--dataset", str(make_bcss(tmp_path, patch_px=256)), "--seeds", "0", "--jobs", "1"]
+    common += ["--model", str(folder / "micro")]
+    assert run(["reproduce", "table2", *common, "--rows", "tokens,null,conditioned"]) == 0
+    out = tmp_path / "reproduction"
+    text = (out / "table2/table.md").read_text()
+    assert text.startswith("# Table 2 on bcsslike, not bcss: a stand-in")
+    assert text.count("| 1 of 1 |") == 3 and text.count("published only") == 2
+    config = json.loads((out / "table2/runs/conditioned-seed0/config.json").read_text())
+    assert config["head"]["num_outputs"] == 6
+    metrics = json.loads((out / "table2/runs/conditioned-seed0/eval-test/metrics.json").read_text())
+    assert metrics["provenance"]["interval_unit"] == "source images"
+    assert run(["reproduce", "table3", *common]) == 0
+    text = (out / "table3/table.md").read_text()
+    pixels = {one["name"]: one["pixels"] for one in metrics["per_class"]}
+    least = min(pixels, key=pixels.get)
+    assert all((f"| IoU {name} ours |" in text) == (name != least) for name in pixels)
 
 
 def test_the_qualitative_figure_shows_every_row_from_the_worst_to_the_best(
