@@ -1,5 +1,6 @@
 """``psd baseline``: a network that learns from the images, a row of the comparison table."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 #: Of a network on images, and of the ensemble that reads stores.
 NAMES = ("res-unet", "vgg16-fcn8", "dcan", "effnet-unet", "ddpm-seg")
+
+
+def _rates(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in value.split(",")) if value else ()
+    except ValueError:
+        raise click.BadParameter(f"must be numbers such as 1e-3,3e-4, got {value!r}") from None
 
 
 @click.command()
@@ -52,8 +60,11 @@ NAMES = ("res-unet", "vgg16-fcn8", "dcan", "effnet-unet", "ddpm-seg")
 )
 @click.option(
     "--lr",
-    type=float,
-    help="[default: 1e-3 for res-unet and ddpm-seg, 3e-4 on VGG16, 5e-4 for effnet-unet].",
+    "rates",
+    callback=_rates,
+    metavar="X[,...]",
+    help="Learning rate; several: the one that is best on validation after a tenth of the training "
+    "[default: 1e-3 for res-unet and ddpm-seg, 3e-4 on VGG16, 5e-4 for effnet-unet].",
 )
 @click.option(
     "--encoder-weights",
@@ -89,7 +100,7 @@ def baseline(
     steps: int | None,
     minutes: float | None,
     batch_size: int | None,
-    lr: float | None,
+    rates: tuple[float, ...],
     encoder_weights: Path | None,
     keep: str,
     device: str,
@@ -111,6 +122,7 @@ def baseline(
       psd baseline effnet-unet --dataset glas --data-root ~/GlaS --minutes 60
       psd baseline res-unet --dataset demo --size 256 --steps 100
       psd baseline vgg16-fcn8 --dataset bcss --encoder-weights vgg16_bn-6c64b313.pth
+      psd baseline res-unet --dataset glas --lr 1e-3,3e-4,1e-4 --out runs/res-unet
       psd baseline ddpm-seg --features t50.zarr --features t150.zarr --features t250.zarr
     """
     if steps is not None and minutes is not None:
@@ -135,8 +147,10 @@ def baseline(
             raise click.UsageError(
                 "ddpm-seg needs --features, once for each store: psd extract --t 50,150,250"
             )
-        if lr is not None:
-            others["learning_rate"] = lr
+        if len(rates) > 1:
+            raise click.UsageError("ddpm-seg takes one --lr")
+        if rates:
+            others["learning_rate"] = rates[0]
         _train_ensemble(ctx, features, eval_split, out, device, others)
         return
     _refuse_given(name, "it reads images", {"--features": features or None})
@@ -148,6 +162,7 @@ def baseline(
     from pathsegdiff.data.manifest import open_dataset
     from pathsegdiff.device import resolve_device, resolve_precision
     from pathsegdiff.pipeline.baselines.baseline import Baseline
+    from pathsegdiff.pipeline.baselines.pilots import choose_rate, write_pilots
     from pathsegdiff.pipeline.baselines.runs import (
         PATIENCE,
         default_baseline_name,
@@ -162,11 +177,21 @@ def baseline(
         opened,
         name,
         minutes=minutes,
-        learning_rate=lr,
+        learning_rate=rates[0] if rates else None,
         encoder_weights=encoder_weights,
         precision=resolve_precision(precision, place),
         **others,
     )
+    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    pilots: dict[str, float] = {}
+    if len(rates) > 1:
+        name_of_all = out or Path("runs") / f"{opened.name}-{name}-lr-chosen"
+        with TrainingProgress("pilot", quiet=quiet) as bar:
+            best, pilots = choose_rate(
+                opened, settings, rates, name_of_all, encoder_weights=encoder_weights,
+                device=place, progress=bar.show, log=click.echo,
+            )  # fmt: skip
+        settings = replace(settings, learning_rate=best)
     out = Path("runs") / default_baseline_name(opened, settings) if out is None else out
     made = Baseline(opened, settings, eval_split=eval_split, encoder_weights=encoder_weights)
     patience = (
@@ -177,12 +202,14 @@ def baseline(
     click.echo(
         f"{out}: {name}, {len(made.parts.train)} images of {opened.name} train and "
         f"{len(made.parts.val)} validate, {settings.length()}{patience}, batches of "
-        f"{settings.batch_size} at {settings.size_px} px, {settings.precision}"
+        f"{settings.batch_size} at {settings.size_px} px, {settings.precision}, learning rate "
+        f"{settings.learning_rate:g}"
     )
-    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
     with TrainingProgress("baseline", quiet=quiet) as bar:
         result = made.train(out, device=place, progress=bar.show)
     _show_result(result)
+    if pilots:
+        write_pilots(out, pilots)
     with Progress("eval", "images", quiet=quiet) as progress:
         found = made.evaluate(out, device=place, progress=progress)
     show_evaluation(found)

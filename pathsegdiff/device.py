@@ -1,6 +1,7 @@
 """Device, precision and memory of a computation (torch is imported when asked)."""
 
 import ctypes
+import logging
 import os
 import platform
 import sys
@@ -12,6 +13,7 @@ from pathsegdiff.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+_logger = logging.getLogger(__name__)
 
 #: glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD (malloc.h), and what they are set to, in bytes.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -96,7 +98,24 @@ def resolve_precision(name: str, device: "torch.device") -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if name not in PRECISIONS:
         raise ConfigError(f"precision must be auto or one of {', '.join(PRECISIONS)}, got {name!r}")
+    if device.type == "cpu" and not has_arithmetic(name):
+        _logger.warning(
+            "this processor has no %s arithmetic: it is emulated, which is many times slower than "
+            "--precision float32",
+            name,
+        )
     return name
+
+
+def has_arithmetic(precision: str) -> bool:
+    """Whether the processor computes in a precision itself; convolutions say so best."""
+    import torch
+
+    if precision == "float32":
+        return True
+    known = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    supported = getattr(torch.ops.mkldnn, known[precision], None)
+    return supported is None or bool(supported())
 
 
 def autocast(device: "torch.device", precision: str) -> "torch.autocast":

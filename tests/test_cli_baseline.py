@@ -132,3 +132,31 @@ def test_the_names_are_those_of_the_networks():
     from pathsegdiff.pipeline.baselines.networks import ARCHITECTURES
 
     assert (*ARCHITECTURES, ddpmseg.NAME) == NAMES
+
+
+def test_the_best_of_several_rates_on_validation_is_taken(folder, capsys):
+    command = ["baseline", "res-unet", "--dataset", "glaslike.toml", "--size", "64"]
+    command += ["--steps", "40", "--batch-size", "2", "--lr", "1e-8,1e-3", "--out", "mine"]
+    assert run(command) == 0
+    said = capsys.readouterr().out
+    pilots = json.loads((folder / "mine" / "pilots.json").read_text())["validation_miou"]
+    assert set(pilots) == {"1e-08", "0.001"}
+    best = max(pilots, key=pilots.get)
+    config = json.loads((folder / "mine" / "config.json").read_text())
+    assert config["settings"]["learning_rate"] == float(best)
+    assert f"learning rate {best}" in said
+    pilot = json.loads((folder / "mine-pilot-lr0.001" / "config.json").read_text())
+    assert pilot["settings"]["steps"] == 4
+    # Again: nothing is trained anew.
+    assert run(command) == 0
+    assert "mine has finished before, after 40 steps" in capsys.readouterr().out
+
+
+def test_rates_cannot_be_chosen_without_validation(folder, capsys):
+    command = ["baseline", "res-unet", "--dataset", "glaslike.toml", *SHORT, "--val", "0"]
+    assert run([*command, "--lr", "1e-3,1e-4"]) == 1
+    assert "--val 0 leaves none; give one rate" in capsys.readouterr().err
+    assert run([*command, "--lr", "fast"]) == 2
+    assert "must be numbers such as 1e-3,3e-4, got 'fast'" in capsys.readouterr().err
+    assert run(["baseline", "ddpm-seg", "--features", "x", "--lr", "1,2"]) == 2
+    assert "ddpm-seg takes one --lr" in capsys.readouterr().err

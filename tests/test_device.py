@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
+from pathsegdiff import device as device_module
 from pathsegdiff.device import (
+    has_arithmetic,
     keep_freed_memory,
     resolve_device,
     resolve_precision,
@@ -81,3 +83,13 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise():
     assert resolve_precision("bfloat16", cpu) == "bfloat16"
     with pytest.raises(ConfigError, match="precision must be auto or one of"):
         resolve_precision("float8", cpu)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_precision_that_is_emulated_is_said(monkeypatch, caplog, precision, there):
+    monkeypatch.setattr(device_module, "has_arithmetic", lambda name: there or name == "float32")
+    assert resolve_precision(precision, torch.device("cpu")) == precision
+    expected = not there and precision != "float32"
+    assert ("is emulated, which is many times slower" in caplog.text) == expected
+    assert has_arithmetic("float32")

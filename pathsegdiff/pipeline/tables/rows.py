@@ -88,10 +88,11 @@ BUDGETS = {
     "full": Budget(
         name="full",
         text="a head with the paper's Adam at 1e-4 on whole regions, two at a time, the best on "
-        "validation; a network on images 8 hours, or until validation stops improving; the pixel "
-        "classifiers four passes over their pixels",
+        "validation; a network on images 8 hours, or until validation stops improving, with the "
+        "best of three learning rates on validation; the pixel classifiers four passes over their "
+        "pixels",
         head=("--crop", "none", "--batch-size", "2"),
-        baseline=tuple(shlex.split("--minutes 480 --size 768")),
+        baseline=tuple(shlex.split("--minutes 480 --size 768 --lr 1e-3,3e-4,1e-4")),
         ensemble=(),
     ),
 }
