@@ -1,10 +1,15 @@
 """``psd cache``: look into a feature store, check it, mend it, copy features out of it."""
 
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cli.options import PATH
+
+if TYPE_CHECKING:
+    from pathsegdiff.features.store import FeatureStore
 
 
 @click.group()
@@ -89,26 +94,78 @@ def verify(store: Path) -> None:
 
 @cache.command()
 @click.argument("store", type=PATH)
-def repair(store: Path) -> None:
-    """Take the completion marks of damaged samples away, so that `psd extract` makes them anew.
+@click.option("--data-root", type=PATH, help="Where the images are now [default: as recorded].")
+@click.option("--model", help="Where the bundle is now [default: as recorded].")
+@click.option(
+    "--marks-only", is_flag=True, help="Take the marks of damaged samples away, extract nothing."
+)
+def repair(store: Path, data_root: Path | None, model: str | None, marks_only: bool) -> None:
+    """Extract damaged samples again, with the store's own settings; the others are left alone.
 
     \b
     Example:
       psd cache repair features/demo-tiny-t50.zarr
+      psd cache repair features/glas-tiny-t50.zarr --data-root /new/place/GlaS
     """
     from pathsegdiff.features.verify import verify_store
-    from pathsegdiff.features.writer import writable
+    from pathsegdiff.features.writer import open_existing
 
-    with writable(store) as writer:
-        findings = verify_store(writer.store)
-        damaged = {finding.sample.index: finding.sample for finding in findings}
-        for sample in damaged.values():
-            writer.forget(sample)
-            click.echo(f"{sample.sample_id}: will be extracted again")
-        if damaged:
-            click.echo(f"now run the extraction again: {writer.store.provenance.get('command')}")
-        else:
-            click.echo(f"nothing to repair: {store}")
+    writer = open_existing(store)
+    findings = verify_store(writer.store)
+    damaged = {finding.sample.index: finding.sample for finding in findings}
+    if not damaged:
+        click.echo(f"nothing to repair: {store}")
+        return
+    for sample in damaged.values():
+        writer.forget(sample)
+        click.echo(f"{sample.sample_id}: will be extracted again")
+    command = _extraction(writer.store, store, data_root, model)
+    click.echo(shlex.join(["psd", *command]))
+    if marks_only:
+        return
+    from cli.main import run
+
+    code = run(command)
+    if code:
+        click.get_current_context().exit(code)
+
+
+def _extraction(
+    opened: "FeatureStore", store: Path, data_root: Path | None, model: str | None
+) -> list[str]:
+    """The arguments of ``psd`` that finish a store: from its recipe, and where things were.
+
+    Raises:
+        StoreError: If the store does not record how it was made.
+    """
+    from cli.extract import extract
+    from pathsegdiff.errors import StoreError
+
+    recorded = str(opened.provenance.get("command", ""))
+    try:
+        words = shlex.split(recorded)
+        arguments = words[words.index("extract") + 1 :]
+        with extract.make_context("extract", arguments) as context:
+            was = context.params
+    except (ValueError, click.ClickException, click.exceptions.Exit):
+        raise StoreError(
+            f"{store} does not say what it was made with ({recorded[:100]!r}); run its `psd "
+            "extract` again by hand"
+        ) from None
+    recipe = opened.recipe
+    command = ["extract", "--dataset", was["dataset"], "--out", str(store)]
+    command += ["--model", model or was["model"], "--t", str(recipe.timestep)]
+    command += ["--cond", recipe.conditioning, "--taps", ",".join(recipe.taps)]
+    command += ["--dtype", recipe.dtype, "--precision", recipe.precision]
+    command += ["--seed", str(recipe.seed), "--layout", recipe.layout]
+    command += ["--tokens"] if recipe.tokens else []
+    root = data_root or was["data_root"]
+    command += [] if root is None else ["--data-root", str(root)]
+    command += [] if was["mpp"] is None else ["--mpp", str(was["mpp"])]
+    splits = {sample.split for sample in opened.registered()}
+    for split in sorted(splits):
+        command += ["--split", split]
+    return command
 
 
 @cache.command()

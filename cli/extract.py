@@ -89,7 +89,8 @@ def extract(
 ) -> None:
     """Cache the UNet features of every image of a data set (stage 1).
 
-    Running the same command again finishes what was interrupted.
+    Running the same command again finishes what was interrupted; running it several times at once,
+    on machines that share the folder too, shares the work.
 
     \b
     Example:
@@ -136,8 +137,10 @@ def extract(
     with Progress("extract", "patches", quiet=quiet) as progress:
         results = extract_dataset(opened, bundle, stage_one, stores, progress=progress)
     for result in results:
+        elsewhere = f", {result.elsewhere} by other processes" if result.elsewhere else ""
         click.echo(
-            f"{result.written} samples written, {result.skipped} already complete: {result.path}"
+            f"{result.written} samples written{elsewhere}, {result.skipped} already complete: "
+            f"{result.path}"
         )
 
 

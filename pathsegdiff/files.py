@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,35 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(beside)
         # The content must be on the disk before the name points at it.
-        with beside.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync(beside)
         beside.replace(path)
+        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file's content, or a folder's list of names, on the disk now."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # Windows opens no folders, and needs this of none
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_below(root: Path, files: Iterable[Path]) -> None:
+    """``sync`` files, then the folders that lead to them from ``root``, the deepest first."""
+    folders = set()
+    for file in files:
+        sync(file)
+        folders |= {parent for parent in file.parents if parent.is_relative_to(root)}
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        sync(folder)
 
 
 def file_sha256(path: Path) -> str:

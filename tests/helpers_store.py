@@ -1,6 +1,7 @@
 """Small feature stores for tests, written by the real writer."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -113,15 +114,15 @@ def open_writer(
     patch_px: int = 32,
     layout: str = "levels",
     **recipe: object,
-) -> StoreWriter:
-    """Create or continue a small store."""
+) -> nullcontext[StoreWriter]:
+    """Create or continue a small store; use it in a ``with``."""
     settings: dict[str, object] = {
         "model_sha256": "a" * 64,
         "dataset_sha256": "b" * 64,
         "taps": tuple(tap.name for tap in tap_specs),
         "layout": layout,
     }
-    return StoreWriter.open(
+    writer = StoreWriter.open(
         path,
         recipe=Recipe(**{**settings, **recipe}),  # type: ignore[arg-type]
         card=make_card(scheme, region_px, patch_px),
@@ -137,6 +138,7 @@ def open_writer(
         tokens=None,
         provenance={"command": "psd extract --dataset shapes", "created": "then", "device": "cpu"},
     )
+    return nullcontext(writer)
 
 
 def make_samples(train: int, test: int) -> list[StoredSample]:

@@ -1,5 +1,7 @@
 """``psd extract`` and ``psd cache`` as people type them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -130,8 +132,19 @@ def test_several_stores_do_not_go_into_one(place, capsys):
     assert "s.zarr is one store, but 2 timesteps and conditions need one each" in err
 
 
-def test_cache_info_verify_repair_and_export(place, capsys):
+def contents(store):
+    """Every file of a store but the locks, byte by byte."""
+    return {
+        str(file.relative_to(store)): file.read_bytes()
+        for file in sorted(Path(store).rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+def test_cache_info_verify_repair_and_export(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["psd", *EXTRACT, "--out", "s.zarr"])
     psd(capsys, *EXTRACT, "--out", "s.zarr")
+    whole = contents("s.zarr")
     code, out, _ = psd(capsys, "cache", "info", "s.zarr")
     assert code == 0
     assert "random weights" in out
@@ -151,11 +164,31 @@ def test_cache_info_verify_repair_and_export(place, capsys):
     assert code == 1
     assert "train_0: image/c/0/0/0/0 has 7 bytes instead of" in out
     assert "1 of 2 samples are damaged" in err
-    code, out, _ = psd(capsys, "cache", "repair", "s.zarr")
+    code, out, _ = psd(capsys, "cache", "repair", "s.zarr", "--marks-only")
     assert code == 0
     assert "train_0: will be extracted again" in out
+    assert "psd extract --dataset" in out and "samples written" not in out
     assert psd(capsys, *EXTRACT, "--out", "s.zarr")[1].startswith("1 samples written, 1 already")
     assert psd(capsys, "cache", "verify", "s.zarr")[0] == 0
+    assert contents("s.zarr") == whole
+
+    (place / "s.zarr" / "label" / "c" / "1" / "0" / "0").write_bytes(b"nothing")
+    code, out, _ = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 0
+    assert "test_0: will be extracted again" in out
+    assert "1 samples written, 1 already complete: s.zarr" in out
+    assert contents("s.zarr") == whole
+    assert psd(capsys, "cache", "repair", "s.zarr")[1] == "nothing to repair: s.zarr\n"
+
+
+def test_repair_says_where_it_does_not_know_the_extraction(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["psd", "something", "else"])
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    (place / "s.zarr" / "label" / "c" / "1" / "0" / "0").unlink()
+    code, _, err = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 1
+    assert "does not say what it was made with ('psd something else')" in err
+    assert psd(capsys, *EXTRACT, "--out", "s.zarr")[1].startswith("1 samples written, 1 already")
 
 
 def test_a_real_file_size_limit_stops_in_one_line_and_resumes(place):

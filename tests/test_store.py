@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from filelock import FileLock
 from torch.nn import functional as F
 
 from pathsegdiff.config import ALL_TAPS, Recipe
 from pathsegdiff.errors import StoreError
+from pathsegdiff.features import writer as writer_module
 from pathsegdiff.features.layout import TapSpec, plan_levels
+from pathsegdiff.features.seal import sealed, unsealed
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.features.verify import verify_sample, verify_store
-from pathsegdiff.features.writer import writable
+from pathsegdiff.features.writer import open_existing
 from tests.helpers_store import (
     GLANDS,
     TAPS,
@@ -274,9 +277,9 @@ def test_a_damaged_mark_is_named(tmp_path):
 def test_a_mark_that_forgets_an_array_is_named_by_verify(tmp_path, name):
     path = damaged(tmp_path)
     file = path / "marks" / "00000001.json"
-    mark = json.loads(file.read_text())
+    mark = unsealed(file.read_bytes())
     mark["files"] = {key: value for key, value in mark["files"].items() if name not in key}
-    file.write_text(json.dumps(mark))
+    file.write_bytes(sealed(mark))
     problems = [finding.problem for finding in verify_store(FeatureStore.open(path))]
     assert problems == [f"the mark does not list {name}"]
 
@@ -287,17 +290,32 @@ def test_a_whole_store_verifies(store):
 
 def test_a_forgotten_sample_is_no_longer_complete(tmp_path):
     path = damaged(tmp_path)
-    with writable(path) as writer:
-        writer.forget(writer.store.samples()[0])
+    writer = open_existing(path)
+    writer.forget(writer.store.samples()[0])
     names = [sample.sample_id for sample in FeatureStore.open(path).samples()]
     assert names == ["train_1", "test_0"]
 
 
-def test_two_writers_at_once_are_refused(tmp_path):
+def test_a_sample_is_written_by_the_one_who_has_its_claim(tmp_path):
     path = damaged(tmp_path)
-    with open_writer(path), pytest.raises(StoreError, match="another process is extracting"):
+    first, second = open_existing(path), open_existing(path)
+    sample = first.store.samples()[0]
+    assert first.claim(sample) is None  # it is complete
+    first.forget(sample)
+    claim = first.claim(sample)
+    assert claim is not None and second.claim(sample) is None
+    claim.release(finished=False)
+    again = second.claim(sample)
+    assert again is not None and first.claim(sample) is None
+    again.release(finished=True)
+
+
+def test_a_store_that_another_process_keeps_locked_is_said(tmp_path, monkeypatch):
+    path = damaged(tmp_path)
+    monkeypatch.setattr(writer_module, "_LOCK_SECONDS", 0)
+    with FileLock(path / ".lock"), pytest.raises(StoreError, match="has kept this store locked"):
         open_writer(path)
-    open_writer(path).close()
+    open_writer(path)
 
 
 def test_what_is_no_store_is_said_so(tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cli.main import run
 from pathsegdiff.errors import RunError
-from pathsegdiff.features.writer import writable
+from pathsegdiff.features.writer import open_existing
 from pathsegdiff.pipeline.sweep import (
     Grid,
     TableRow,
@@ -214,8 +214,7 @@ def test_a_cpu_trains_one_head_per_core(monkeypatch):
 def test_a_store_that_is_not_finished_is_refused(tmp_path):
     path = tmp_path / "shapes.zarr"
     opened = build_store(path, train=4, test=2)
-    with writable(path) as writer:
-        writer.forget(opened.samples()[1])
+    open_existing(path).forget(opened.samples()[1])
     with pytest.raises(RunError, match=r"lacks 1 of 4 samples \(train_1, ...\)"):
         plan_sweep(Grid(stores=[path]), tmp_path / "swept", **SHORT)
 

@@ -1,14 +1,14 @@
 """The stage 1 loop: every region of a data set into one store per view, resuming by itself.
 
 Reading ahead and writing behind happen on threads, so that the network sets the pace. What is
-complete stays complete whatever happens: a sample's mark is written last.
+complete stays complete whatever happens: a sample's mark is written last. Several processes may run
+the same extraction at once: each sample is made by the one that has its claim.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
@@ -19,6 +19,7 @@ from pathsegdiff.data.manifest import Dataset, Region, Sample
 from pathsegdiff.device import device_name
 from pathsegdiff.diffusion.bundle import Bundle
 from pathsegdiff.errors import DataError, StoreError
+from pathsegdiff.features.claims import Claim
 from pathsegdiff.features.stage_one import PreparedRegion, RegionFeatures, StageOne, View
 from pathsegdiff.features.store import DatasetCard, StoredSample, sample_bytes
 from pathsegdiff.features.writer import SampleArrays, StoreWriter
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 ProgressCallback = Callable[[int, int], None]
 #: Regions read ahead of the network.
 _READ_AHEAD = 2
+#: Between two looks at what other processes work on.
+_WAIT_SECONDS = 0.5
 #: Threads that write finished regions, by the kind of device; no more wait than are written. A CPU
 #: needs seconds for a region, a GPU is faster than one thread.
 WRITERS = {"cpu": 1, "cuda": 4}
@@ -37,12 +40,21 @@ WRITERS = {"cpu": 1, "cuda": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class StoreResult:
-    """What an extraction did to one store."""
+    """What an extraction did to one store.
+
+    Attributes:
+        path: Of the store.
+        view: That it holds.
+        written: Samples that this process made.
+        skipped: Samples that were complete before.
+        elsewhere: Samples that another process made meanwhile.
+    """
 
     path: Path
     view: View
     written: int
     skipped: int
+    elsewhere: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +97,9 @@ def extract_dataset(
 ) -> list[StoreResult]:
     """Extract every region that a store does not have yet.
 
+    Where other processes extract into the same stores, this one returns when all is complete: what
+    a process that died has left is made by those that live.
+
     Args:
         dataset: Its samples decide what is extracted.
         bundle: Where ``stage_one`` was loaded from; its hash enters the recipe.
@@ -99,35 +114,35 @@ def extract_dataset(
     if not dataset.samples:
         raise DataError(f"data set {dataset.name} has no samples to extract")
     card = dataset_card(dataset)
-    with ExitStack() as stack:
-        writers: dict[View, StoreWriter] = {}
-        todo: dict[View, dict[str, StoredSample]] = {}
-        rows = [stored_sample(dataset, sample) for sample in dataset.samples]
-        for view, path in stores.items():
-            writer = StoreWriter.open(
-                path,
-                recipe=recipe_of(dataset, bundle, stage_one, view),
-                card=card,
-                model=model_facts(bundle, stage_one),
-                levels=stage_one.levels,
-                tokens=stage_one.tokens_level,
-                provenance=provenance(device=device_name(stage_one.device)),
-            )
-            writers[view] = stack.enter_context(writer)
-            registered = writer.register(rows)
-            _check_unchanged(dataset, writer, registered)
-            todo[view] = {
-                stored.sample_id: stored
-                for stored in registered
-                if not writer.store.is_complete(stored)
-            }
-        _run(dataset, stage_one, writers, todo, progress)
+    writers: dict[View, StoreWriter] = {}
+    todo: dict[View, dict[str, StoredSample]] = {}
+    rows = [stored_sample(dataset, sample) for sample in dataset.samples]
+    for view, path in stores.items():
+        writer = StoreWriter.open(
+            path,
+            recipe=recipe_of(dataset, bundle, stage_one, view),
+            card=card,
+            model=model_facts(bundle, stage_one),
+            levels=stage_one.levels,
+            tokens=stage_one.tokens_level,
+            provenance=provenance(device=device_name(stage_one.device)),
+        )
+        writers[view] = writer
+        registered = writer.register(rows)
+        _check_unchanged(dataset, writer, registered)
+        todo[view] = {
+            stored.sample_id: stored
+            for stored in registered
+            if not writer.store.is_complete(stored)
+        }
+    written = _Extraction(dataset, stage_one, writers, todo, progress).run()
     return [
         StoreResult(
             path=Path(path),
             view=view,
-            written=len(todo[view]),
+            written=written[view],
             skipped=len(dataset.samples) - len(todo[view]),
+            elsewhere=len(todo[view]) - written[view],
         )
         for view, path in stores.items()
     ]
@@ -222,85 +237,153 @@ def stored_sample(dataset: Dataset, sample: Sample) -> StoredSample:
     )
 
 
-def _run(
-    dataset: Dataset,
-    stage_one: StageOne,
-    writers: dict[View, StoreWriter],
-    todo: dict[View, dict[str, StoredSample]],
-    progress: ProgressCallback | None,
-) -> None:
-    wanted = {sample_id for samples in todo.values() for sample_id in samples}
-    samples = [sample for sample in dataset.samples if sample.sample_id in wanted]
-    side = dataset.rule.region_px // dataset.rule.patch_px
-    total = len(samples) * side * side
-    done = 0
-    writers_at_work = WRITERS[stage_one.device.type]
-    with ThreadPoolExecutor(writers_at_work, "psd-write") as pool:
-        writing: list[Future[None]] = []
-        try:
-            for sample, region, prepared in _read_ahead(dataset, stage_one, samples):
-                views = [view for view in writers if sample.sample_id in todo[view]]
-                features = stage_one.run(prepared, views)
-                while len(writing) >= writers_at_work:
-                    writing.pop(0).result()
-                stored = {view: todo[view][sample.sample_id] for view in views}
-                writing.append(pool.submit(_write, writers, stored, region, features))
-                done += side * side
-                if progress is not None:
-                    progress(done, total)
-        finally:
-            # Also after an error or Ctrl-C: what the network has finished still reaches the disk.
-            errors = [future.exception() for future in writing]
-        for error in errors:
-            if error is not None:
-                raise error
+class _Extraction:
+    """One pass over what is not complete, and the wait for what other processes work on."""
 
+    def __init__(
+        self,
+        dataset: Dataset,
+        stage_one: StageOne,
+        writers: dict[View, StoreWriter],
+        todo: dict[View, dict[str, StoredSample]],
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.dataset, self.stage_one = dataset, stage_one
+        self.writers, self.todo, self.progress = writers, todo, progress
+        wanted = {sample_id for samples in todo.values() for sample_id in samples}
+        self.samples = [sample for sample in dataset.samples if sample.sample_id in wanted]
+        self.patches = (dataset.rule.region_px // dataset.rule.patch_px) ** 2
+        self.written = dict.fromkeys(writers, 0)
+        self.done = 0
+        self._held: set[Claim] = set()
 
-def _read_ahead(
-    dataset: Dataset, stage_one: StageOne, samples: Sequence[Sample]
-) -> Iterator[tuple[Sample, Region, PreparedRegion]]:
-    """Read regions and draw noise on a thread, a few ahead of the network."""
+    def run(self) -> dict[View, int]:
+        """Make every sample that no other process makes; returns how many, by view."""
+        writers_at_work = WRITERS[self.stage_one.device.type]
+        with ThreadPoolExecutor(writers_at_work, "psd-write") as pool:
+            writing: list[Future[None]] = []
+            claimed = self._claimed()
+            try:
+                for claims, region, prepared in self._read_ahead(claimed):
+                    features = self.stage_one.run(prepared, list(claims.stored))
+                    while len(writing) >= writers_at_work:
+                        writing.pop(0).result()
+                    writing.append(pool.submit(self._write, claims, region, features))
+                    for view in claims.stored:
+                        self.written[view] += 1
+                    self._count(1)
+            finally:
+                # Also after an error or Ctrl-C: what the network has finished reaches the disk.
+                errors = [future.exception() for future in writing]
+                for claim in list(self._held):
+                    claim.release(finished=False)
+            for error in errors:
+                if error is not None:
+                    raise error
+        return self.written
 
-    def read(sample: Sample) -> tuple[Sample, Region, PreparedRegion]:
-        region = dataset.read(sample, seed=stage_one.seed)
-        return sample, region, stage_one.prepare(region.image, sample.sample_id)
+    def _claimed(self) -> Iterator["_Claims | None"]:
+        """The samples that this process makes, as it gets their claims.
 
-    pool = ThreadPoolExecutor(1, "psd-read")
-    try:
-        pending: list[Future[tuple[Sample, Region, PreparedRegion]]] = []
-        remaining = iter(samples)
-        for sample in remaining:
-            pending.append(pool.submit(read, sample))
-            if len(pending) > _READ_AHEAD:
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        Yields:
+            None now and then while only others have something to do, so that the caller can finish
+            what it has begun.
+        """
+        remaining = self.samples
+        told = False
+        while remaining:
+            later = []
+            for sample in remaining:
+                claims = self._claim(sample)
+                if claims is not None:
+                    yield claims
+                elif not self._is_complete(sample):
+                    later.append(sample)
+                else:
+                    self._count(1)
+            if later:
+                if not told:
+                    logger.info("Waiting for %d samples of other processes", len(later))
+                    told = True
+                yield None
+                if len(later) == len(remaining):
+                    time.sleep(_WAIT_SECONDS)
+            remaining = later
 
+    def _claim(self, sample: Sample) -> "_Claims | None":
+        """Of every store that lacks a sample and where nobody works on it."""
+        stored, claims = {}, {}
+        for view, writer in self.writers.items():
+            row = self.todo[view].get(sample.sample_id)
+            claim = None if row is None else writer.claim(row)
+            if row is not None and claim is not None:
+                self._held.add(claim)
+                stored[view], claims[view] = row, claim
+        return _Claims(sample=sample, stored=stored, claims=claims) if stored else None
 
-def _write(
-    writers: dict[View, StoreWriter],
-    stored: dict[View, StoredSample],
-    region: Region,
-    features: RegionFeatures,
-) -> None:
-    for view, sample in stored.items():
-        levels = dict(features.levels[view])
-        if features.tokens is not None:
-            levels["tokens"] = features.tokens
-        writers[view].write(
-            sample,
-            SampleArrays(
-                levels=levels,
-                label=region.label,
-                image=region.image,
-                embedding=features.embedding,
-                instances=region.instances,
-                image_sha256=region.image_sha256,
-                mask_sha256=region.mask_sha256,
-            ),
+    def _is_complete(self, sample: Sample) -> bool:
+        return all(
+            writer.is_marked(self.todo[view][sample.sample_id])
+            for view, writer in self.writers.items()
+            if sample.sample_id in self.todo[view]
         )
+
+    def _count(self, samples: int) -> None:
+        self.done += samples
+        if self.progress is not None:
+            self.progress(self.done * self.patches, len(self.samples) * self.patches)
+
+    def _read_ahead(
+        self, claimed: Iterator["_Claims | None"]
+    ) -> Iterator[tuple["_Claims", Region, PreparedRegion]]:
+        """Read regions and draw noise on a thread, a few ahead of the network."""
+
+        def read(claims: _Claims) -> tuple[_Claims, Region, PreparedRegion]:
+            region = self.dataset.read(claims.sample, seed=self.stage_one.seed)
+            return claims, region, self.stage_one.prepare(region.image, claims.sample.sample_id)
+
+        pool = ThreadPoolExecutor(1, "psd-read")
+        try:
+            pending: list[Future[tuple[_Claims, Region, PreparedRegion]]] = []
+            for claims in claimed:
+                if claims is not None:
+                    pending.append(pool.submit(read, claims))
+                while len(pending) > (_READ_AHEAD if claims is not None else 0):
+                    yield pending.pop(0).result()
+            for future in pending:
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _write(self, claims: "_Claims", region: Region, features: RegionFeatures) -> None:
+        for view, sample in claims.stored.items():
+            levels = dict(features.levels[view])
+            if features.tokens is not None:
+                levels["tokens"] = features.tokens
+            self.writers[view].write(
+                sample,
+                SampleArrays(
+                    levels=levels,
+                    label=region.label,
+                    image=region.image,
+                    embedding=features.embedding,
+                    instances=region.instances,
+                    image_sha256=region.image_sha256,
+                    mask_sha256=region.mask_sha256,
+                ),
+            )
+            claim = claims.claims[view]
+            claim.release(finished=True)
+            self._held.discard(claim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Claims:
+    """A sample that this process makes, and the stores that get it."""
+
+    sample: Sample
+    stored: dict[View, StoredSample]
+    claims: dict[View, Claim]
 
 
 def _check_unchanged(

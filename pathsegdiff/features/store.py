@@ -9,16 +9,18 @@
       image       (S, H, W, 3) uint8           the region, for overlays
       embedding   (S, P, D) float32            the encoder's raw vector of each patch, row-major
       instances/<index> (H0, W0) int32         objects at the source's size, where they are counted
-    STORE/samples.json         which sample is which index of S
+    STORE/samples.json         which sample is which index of S; checksums of every zarr.json
     STORE/marks/<index>.json   written last: the sample's files with sizes and checksums
 
 A sample counts only once its mark exists. zarr reads an absent chunk as zeros, so a reader first
 holds the sample's files against the mark; a damaged chunk fails its own CRC-32C when it is read.
+Table and marks carry a checksum of their own (``seal``).
 """
 
-import json
 import math
-from collections.abc import Sequence
+import time
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,14 +39,18 @@ from pathsegdiff.data.regions import RegionRule
 from pathsegdiff.errors import ConfigError, DataError, StoreError
 from pathsegdiff.features.layout import GRID_STRIDE, Level
 from pathsegdiff.features.quantize import SCALE_PREFIX, array_dtype, dequantize
+from pathsegdiff.features.seal import unsealed
 from pathsegdiff.features.shards import ShardFormat, read_shard, shard_format
 from pathsegdiff.grid import patchwise_matrix
 
-FORMAT = 1
+FORMAT = 2
 ATTRIBUTE = "pathsegdiff"
 SAMPLES_KEY = "samples.json"
 #: A table of samples above this is refused before it is read.
 _MAX_JSON_BYTES = 1 << 28
+#: While samples are registered, arrays are a moment ahead of the table: looked at again so often,
+#: after so many seconds.
+_LOOKS, _BETWEEN_LOOKS = 5, 0.2
 #: What is left to do where the store itself, not a sample of it, is damaged.
 _ANEW = "delete the store and extract it again"
 
@@ -175,6 +181,7 @@ class FeatureStore:
         self._arrays: dict[str, zarr.Array] = {}
         self._formats: dict[str, ShardFormat | None] = {}
         self.reload()
+        self._check_metadata("zarr.json")
 
     @classmethod
     def open(cls, path: str | Path) -> "FeatureStore":
@@ -189,7 +196,7 @@ class FeatureStore:
         """Look again at which samples exist and are complete (another process may be writing)."""
         # Marks first: a writer lists a sample before it marks it, so no mark can be without a row.
         self._complete = self._read_complete()
-        self._samples = self._read_samples()
+        self._samples, self._metadata = self._read_table()
         if self._complete and max(self._complete) >= len(self._samples):
             raise StoreError(
                 f"{self.path}: {SAMPLES_KEY} lists {len(self._samples)} samples, but number "
@@ -380,7 +387,7 @@ class FeatureStore:
                 "run the extraction again to finish it"
             )
         try:
-            mark = json.loads(content)
+            mark = unsealed(content)
             files = {str(k): (int(size), int(crc)) for k, (size, crc) in mark["files"].items()}
             hashes = {name: str(mark[name]) for name in ("image_sha256", "mask_sha256")}
             if mark["sample_id"] != sample.sample_id or not files:
@@ -419,6 +426,8 @@ class FeatureStore:
 
     def _array(self, name: str) -> zarr.Array:
         if name not in self._arrays:
+            if not name.startswith("instances/"):
+                self._check_metadata(f"{name}/zarr.json")
             try:
                 array = self._group[name]
             except (KeyError, ValueError, TypeError, zarr.errors.BaseZarrError) as error:
@@ -431,6 +440,31 @@ class FeatureStore:
                 self._check_shape(name, array)
             self._arrays[name] = array
         return self._arrays[name]
+
+    def _check_metadata(self, key: str) -> None:
+        """Hold a zarr.json against the checksum in the table of samples, where there is one yet.
+
+        Raises:
+            StoreError: If it is another.
+        """
+        for look in range(_LOOKS):
+            if look:
+                time.sleep(_BETWEEN_LOOKS)
+                self.reload()
+            if not self._metadata or _fits(self.get(key), self._metadata.get(key)):
+                return
+        what = f"array {key.split('/', 1)[0]}" if "/" in key else "the store itself"
+        raise StoreError(
+            f"{self.path}: {what} is missing or damaged ({key} has another checksum than "
+            f"{SAMPLES_KEY} says); {_ANEW}"
+        )
+
+    def _check_instances(self, sample: StoredSample, key: str) -> None:
+        if not _fits(self.get(key), self.read_mark(sample)["files"].get(key)):
+            raise StoreError(
+                f"{self.path}: sample {sample.sample_id} is damaged, {key} has another checksum; "
+                f"run `psd cache repair {self.path}`"
+            )
 
     def _check_shape(self, name: str, array: zarr.Array) -> None:
         expected = self.array_shapes[name]
@@ -449,6 +483,8 @@ class FeatureStore:
                 "run the extraction again to finish it"
             )
         self.check_sample(sample)
+        if name.startswith("instances/"):
+            self._check_instances(sample, f"{name}/zarr.json")
         array = self._array(name)
         try:
             if where is None:
@@ -520,15 +556,19 @@ class FeatureStore:
         self.tokens_level = levels.pop("tokens", None)
         self.levels = levels
 
-    def _read_samples(self) -> list[StoredSample]:
+    def _read_table(self) -> tuple[list[StoredSample], dict[str, tuple[int, int]]]:
+        """The samples, and (bytes, CRC-32) of every zarr.json of the store but instances'."""
         size = self._size(SAMPLES_KEY)
         if size is None:
-            return []
+            return [], {}
         if size > _MAX_JSON_BYTES:
             raise StoreError(f"{self.path}: {SAMPLES_KEY} has {size} bytes, more than a table can")
         try:
-            rows = json.loads(self.get(SAMPLES_KEY) or b"")
-            samples = [StoredSample.from_dict(index, row) for index, row in enumerate(rows)]
+            table = unsealed(self.get(SAMPLES_KEY) or b"")
+            samples = [
+                StoredSample.from_dict(index, row) for index, row in enumerate(table["samples"])
+            ]
+            files = {str(k): (int(size), int(crc)) for k, (size, crc) in table["files"].items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(
                 f"{self.path}: {SAMPLES_KEY} is damaged ({error!r}); {_ANEW}"
@@ -537,7 +577,7 @@ class FeatureStore:
             raise StoreError(
                 f"{self.path}: {SAMPLES_KEY} is damaged (a sample stands in it twice); {_ANEW}"
             )
-        return samples
+        return samples, files
 
     def _read_complete(self) -> set[int]:
         async def names() -> list[str]:
@@ -587,6 +627,15 @@ def array_shapes(
     shapes["image"] = ((*region, 3), "uint8")
     shapes["embedding"] = ((side * side, int(model["embed_dim"])), "float32")
     return shapes
+
+
+def described(contents: Mapping[str, bytes | bytearray]) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of files by their key, as the table and the marks list them."""
+    return {key: [len(content), zlib.crc32(content)] for key, content in contents.items()}
+
+
+def _fits(content: bytes | None, expected: tuple[int, int] | None) -> bool:
+    return content is not None and (len(content), zlib.crc32(content)) == expected
 
 
 def mark_key(index: int) -> str:

@@ -1,23 +1,24 @@
-"""Writing a feature store: one sample whole, then its completion mark (numpy and zarr only)."""
+"""Writing a feature store: one sample whole, then its completion mark (numpy and zarr only).
+
+Several processes may write into one store. Its lock is held while the store is made and while
+samples are registered; a sample is written by the process that has its claim. A mark is put on the
+disk after everything that it lists.
+"""
 
 import contextlib
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import zarr
 from filelock import FileLock, Timeout
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 
 from pathsegdiff.config import Recipe
 from pathsegdiff.errors import StoreError
+from pathsegdiff.features.claims import Claim
 from pathsegdiff.features.layout import Level
 from pathsegdiff.features.quantize import (
     SCALE_PREFIX,
@@ -26,6 +27,7 @@ from pathsegdiff.features.quantize import (
     quantize,
     round_mantissa,
 )
+from pathsegdiff.features.seal import sealed
 from pathsegdiff.features.shards import ZSTD_LEVEL, ShardFormat, encode_shard
 from pathsegdiff.features.store import (
     ATTRIBUTE,
@@ -35,11 +37,15 @@ from pathsegdiff.features.store import (
     FeatureStore,
     StoredSample,
     array_shapes,
+    described,
     mark_key,
     open_group,
     row_key,
 )
+from pathsegdiff.files import replace_file, sync, sync_below
 
+#: Seconds that others may need to make a store, or to register their samples.
+_LOCK_SECONDS = 60
 #: How to ask for what an existing store was made with.
 _OPTIONS = {
     "timestep": "--t",
@@ -80,13 +86,10 @@ class SampleArrays:
 
 
 class StoreWriter:
-    """A store open for writing by this process alone.
+    """A store open for writing."""
 
-    Use it as a context manager: it holds the store's lock until it is closed.
-    """
-
-    def __init__(self, path: Path, group: zarr.Group, lock: FileLock) -> None:
-        self._lock = lock
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        self.path = path
         self._group = group
         self.store = FeatureStore(path, group)
         self._by_id = {sample.sample_id: sample for sample in self.store.registered()}
@@ -108,38 +111,19 @@ class StoreWriter:
 
         Raises:
             StoreError: If it was made with other settings (naming the field, both values and the
-                option), is no store, is damaged, or another process is writing to it.
+                option), is no store, is damaged, or another process keeps it locked.
         """
         path = Path(path)
         if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not _started(path))):
             raise StoreError(f"{path} exists and is no feature store; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(path)
-        try:
+        with _locked(path):
             if not (path / "zarr.json").exists():
                 _create(path, recipe, card, model, levels, tokens, provenance)
-            writer = cls(path, open_group(path, "r+"), lock)
-            check_recipe(writer.store, recipe)
-            writer.store.check_arrays()
-            return writer
-        except BaseException:
-            lock.release()
-            raise
-
-    def __enter__(self) -> "StoreWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the lock back."""
-        self._lock.release()
+        writer = cls(path, open_group(path, "r+"))
+        check_recipe(writer.store, recipe)
+        writer.store.check_arrays()
+        return writer
 
     def register(self, samples: Sequence[StoredSample]) -> list[StoredSample]:
         """Give each sample its index; known ones keep theirs, new ones are appended.
@@ -152,34 +136,61 @@ class StoreWriter:
         Returns:
             The same samples as the store knows them.
         """
-        table = list(self.store.registered())
-        for sample in samples:
-            known = self._by_id.get(sample.sample_id)
-            index = len(table) if known is None else known.index
-            table[index : index + 1] = [StoredSample.from_dict(index, sample.to_dict())]
-        if table != list(self.store.registered()):
-            # Arrays first: rows without a name are harmless, a name without a row is not.
-            for name in self.store.array_shapes:
-                array = self._member(name)
-                array.resize((len(table), *array.shape[1:]))
-            rows = json.dumps([sample.to_dict() for sample in table], indent=0)
-            self._set(SAMPLES_KEY, rows.encode())
+        with _locked(self.path):
             self._reload()
+            table = list(self.store.registered())
+            for sample in samples:
+                known = self._by_id.get(sample.sample_id)
+                index = len(table) if known is None else known.index
+                table[index : index + 1] = [StoredSample.from_dict(index, sample.to_dict())]
+            if table != list(self.store.registered()):
+                self._list(table)
         return [self._by_id[sample.sample_id] for sample in samples]
 
+    def _list(self, table: Sequence[StoredSample]) -> None:
+        """Make room for every sample of the table, then write it."""
+        # Arrays first: rows without a name are harmless, a name without a row is not.
+        for name in self.store.array_shapes:
+            array = self._member(name)
+            array.resize((len(table), *array.shape[1:]))
+        keys = ["zarr.json", *(f"{name}/zarr.json" for name in self.store.array_shapes)]
+        sync_below(self.path, [self.path / key for key in keys])
+        files = described({key: (self.path / key).read_bytes() for key in keys})
+        rows = [sample.to_dict() for sample in table]
+        _put(self.path / SAMPLES_KEY, sealed({"files": files, "samples": rows}, indent=0))
+        self._reload()
+
+    def claim(self, sample: StoredSample) -> Claim | None:
+        """Take the right to write a sample.
+
+        Returns:
+            None where another process has it, or the sample is complete.
+        """
+        claim = Claim(self.path, sample.index)
+        if self.is_marked(sample) or not claim.take():
+            return None
+        if self.is_marked(sample):  # by the one who had the claim until now
+            claim.release(finished=True)
+            return None
+        return claim
+
+    def is_marked(self, sample: StoredSample) -> bool:
+        """Whether the sample is complete now, whoever wrote it."""
+        return (self.path / mark_key(sample.index)).exists()
+
     def write(self, sample: StoredSample, arrays: SampleArrays) -> None:
-        """Write one sample whole, then mark it complete.
+        """Write one sample whole, then mark it complete; have its claim.
 
         Raises:
             StoreError: If a shape differs from the store's, or a value is not finite in its dtype.
         """
-        files = {}
+        files: dict[str, list[int]] = {}
         keys = []
         for name, features in arrays.levels.items():
             values, scales = as_stored(features, self.store, name, sample)
             key, shard = self._shard(name, sample, values)
-            self._set(key, shard)
-            files[key] = [len(shard), zlib.crc32(shard)]
+            _put_unsynced(self.path / key, shard)
+            files |= described({key: shard})
             if scales is not None:
                 keys.append(self._write_row(f"{SCALE_PREFIX}{name}", sample, scales))
         keys += [
@@ -192,18 +203,21 @@ class StoreWriter:
             content = self.store.get(key)
             if content is None:
                 raise StoreError(f"{self.store.path}: {key} vanished while it was being written")
-            files[key] = [len(content), zlib.crc32(content)]
+            files |= described({key: content})
+        sync_below(self.path, [self.path / key for key in files])
         mark = {
             "sample_id": sample.sample_id,
             "image_sha256": arrays.image_sha256,
             "mask_sha256": arrays.mask_sha256,
             "files": files,
         }
-        self._set(mark_key(sample.index), json.dumps(mark, indent=1).encode())
+        _put(self.path / mark_key(sample.index), sealed(mark, indent=1))
 
     def forget(self, sample: StoredSample) -> None:
         """Take a sample's completion mark away, so that it is extracted again."""
-        sync(self._group.store.delete(self.store._key(mark_key(sample.index))))
+        mark = self.path / mark_key(sample.index)
+        mark.unlink(missing_ok=True)
+        sync(mark.parent)
         self._reload()
 
     def _reload(self) -> None:
@@ -258,10 +272,6 @@ class StoreWriter:
         )
         array[...] = instances
         return [f"{name}/zarr.json", f"{name}/c/0/0"]
-
-    def _set(self, key: str, content: bytes | bytearray) -> None:
-        buffer = default_buffer_prototype().buffer.from_bytes(content)
-        sync(self._group.store.set(self.store._key(key), buffer))
 
 
 def check_recipe(store: FeatureStore, recipe: Recipe) -> None:
@@ -350,22 +360,27 @@ def _create(
         )
     if card.scheme.objects is not None:
         group.create_group("instances")
-    described = {level.name: level.to_dict() for level in levels}
+    layout = {level.name: level.to_dict() for level in levels}
     if tokens is not None:
-        described["tokens"] = tokens.to_dict()
+        layout["tokens"] = tokens.to_dict()
     group.attrs[ATTRIBUTE] = {
         "format": FORMAT,
         "recipe": recipe.to_dict(),
         "fingerprint": recipe.fingerprint(),
         "dataset": card.to_dict(),
         "model": model,
-        "levels": described,
+        "levels": layout,
         "provenance": provenance,
     }
+    made = path / ".new"
+    sync_below(made, [file for file in made.rglob("*") if file.is_file()])
     # The group's own zarr.json comes last: a folder without it is a store that was never finished.
-    for child in sorted((path / ".new").iterdir(), key=lambda child: child.name == "zarr.json"):
+    for child in sorted(made.iterdir(), key=lambda child: child.name == "zarr.json"):
+        if child.name == "zarr.json":
+            sync(path)
         child.replace(path / child.name)
-    (path / ".new").rmdir()
+    made.rmdir()
+    sync(path)
 
 
 def _create_small_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -383,28 +398,45 @@ def _started(path: Path) -> bool:
     return any((path / name).exists() for name in ("zarr.json", ".new", ".lock"))
 
 
-def _take_lock(path: Path) -> FileLock:
-    """Lock the store for this process; the system gives it back when the process ends."""
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise StoreError(
-            f"{path}: another process is extracting into this store; wait for it, or stop it"
-        ) from None
-    return lock
-
-
 @contextlib.contextmanager
-def writable(path: str | Path) -> Iterator[StoreWriter]:
-    """An existing store, locked for writing, whatever its recipe (repair needs no new settings).
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among processes, for the moments in which a store is made or grows.
 
     Raises:
-        StoreError: If it is no store, or another process is writing to it.
+        StoreError: If another process keeps it for long.
     """
-    group = open_group(path, "r+")
-    with StoreWriter(Path(path), group, _take_lock(Path(path))) as writer:
-        yield writer
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except Timeout:
+        raise StoreError(
+            f"{path}: another process has kept this store locked for {_LOCK_SECONDS} s; wait for "
+            "it, or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_existing(path: str | Path) -> StoreWriter:
+    """An existing store, whatever its recipe (repair needs no new settings).
+
+    Raises:
+        StoreError: If it is no store.
+    """
+    return StoreWriter(Path(path), open_group(path, "r+"))
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and have it on the disk."""
+    replace_file(path, lambda file: file.write_bytes(content))
+
+
+def _put_unsynced(path: Path, content: bytearray) -> None:
+    """Write a file; it counts once it is synced and a mark lists it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def _short(value: Any) -> str:
