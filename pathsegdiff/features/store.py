@@ -18,9 +18,8 @@ Table and marks carry a checksum of their own (``seal``).
 """
 
 import math
-import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -48,9 +47,8 @@ ATTRIBUTE = "pathsegdiff"
 SAMPLES_KEY = "samples.json"
 #: A table of samples above this is refused before it is read.
 _MAX_JSON_BYTES = 1 << 28
-#: While samples are registered, arrays are a moment ahead of the table: looked at again so often,
-#: after so many seconds.
-_LOOKS, _BETWEEN_LOOKS = 5, 0.2
+#: (bytes, CRC-32) of a file.
+Checksum = tuple[int, int]
 #: What is left to do where the store itself, not a sample of it, is damaged.
 _ANEW = "delete the store and extract it again"
 
@@ -447,12 +445,11 @@ class FeatureStore:
         Raises:
             StoreError: If it is another.
         """
-        for look in range(_LOOKS):
-            if look:
-                time.sleep(_BETWEEN_LOOKS)
-                self.reload()
-            if not self._metadata or _fits(self.get(key), self._metadata.get(key)):
+        for _ in range(2):
+            accepted = self._metadata.get(key, ())
+            if not self._metadata or checksum(self.get(key)) in accepted:
                 return
+            self.reload()  # another process may have registered samples since
         what = f"array {key.split('/', 1)[0]}" if "/" in key else "the store itself"
         raise StoreError(
             f"{self.path}: {what} is missing or damaged ({key} has another checksum than "
@@ -460,7 +457,7 @@ class FeatureStore:
         )
 
     def _check_instances(self, sample: StoredSample, key: str) -> None:
-        if not _fits(self.get(key), self.read_mark(sample)["files"].get(key)):
+        if checksum(self.get(key)) != self.read_mark(sample)["files"].get(key):
             raise StoreError(
                 f"{self.path}: sample {sample.sample_id} is damaged, {key} has another checksum; "
                 f"run `psd cache repair {self.path}`"
@@ -556,8 +553,11 @@ class FeatureStore:
         self.tokens_level = levels.pop("tokens", None)
         self.levels = levels
 
-    def _read_table(self) -> tuple[list[StoredSample], dict[str, tuple[int, int]]]:
-        """The samples, and (bytes, CRC-32) of every zarr.json of the store but instances'."""
+    def _read_table(self) -> tuple[list[StoredSample], dict[str, list[Checksum]]]:
+        """The samples, and what every zarr.json of the store but instances' may be.
+
+        That is one checksum each, and two while samples are registered.
+        """
         size = self._size(SAMPLES_KEY)
         if size is None:
             return [], {}
@@ -568,7 +568,10 @@ class FeatureStore:
             samples = [
                 StoredSample.from_dict(index, row) for index, row in enumerate(table["samples"])
             ]
-            files = {str(k): (int(size), int(crc)) for k, (size, crc) in table["files"].items()}
+            files = {
+                str(key): [(int(size), int(crc)) for size, crc in accepted]
+                for key, accepted in table["files"].items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(
                 f"{self.path}: {SAMPLES_KEY} is damaged ({error!r}); {_ANEW}"
@@ -629,13 +632,9 @@ def array_shapes(
     return shapes
 
 
-def described(contents: Mapping[str, bytes | bytearray]) -> dict[str, list[int]]:
-    """[bytes, CRC-32] of files by their key, as the table and the marks list them."""
-    return {key: [len(content), zlib.crc32(content)] for key, content in contents.items()}
-
-
-def _fits(content: bytes | None, expected: tuple[int, int] | None) -> bool:
-    return content is not None and (len(content), zlib.crc32(content)) == expected
+def checksum(content: bytes | bytearray | None) -> Checksum | None:
+    """As the table and the marks list it; None of a file that is not there."""
+    return None if content is None else (len(content), zlib.crc32(content))
 
 
 def mark_key(index: int) -> str:

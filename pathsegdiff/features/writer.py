@@ -6,6 +6,8 @@ disk after everything that it lists.
 """
 
 import contextlib
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ from pathsegdiff.features.store import (
     FeatureStore,
     StoredSample,
     array_shapes,
-    described,
+    checksum,
     mark_key,
     open_group,
     row_key,
@@ -148,17 +150,32 @@ class StoreWriter:
         return [self._by_id[sample.sample_id] for sample in samples]
 
     def _list(self, table: Sequence[StoredSample]) -> None:
-        """Make room for every sample of the table, then write it."""
-        # Arrays first: rows without a name are harmless, a name without a row is not.
+        """Make room for every sample of the table, then write it.
+
+        The table says beforehand what the arrays' metadata will be, so that it fits them whenever
+        this is broken off.
+        """
+        before = {"zarr.json": (self.path / "zarr.json").read_bytes()}
+        after = dict(before)
         for name in self.store.array_shapes:
-            array = self._member(name)
-            array.resize((len(table), *array.shape[1:]))
-        keys = ["zarr.json", *(f"{name}/zarr.json" for name in self.store.array_shapes)]
-        sync_below(self.path, [self.path / key for key in keys])
-        files = described({key: (self.path / key).read_bytes() for key in keys})
+            # What zarr's resize does, but on the disk before the old file is gone.
+            key = f"{name}/zarr.json"
+            before[key] = (self.path / key).read_bytes()
+            metadata = json.loads(before[key])
+            metadata["shape"][0] = len(table)
+            after[key] = json.dumps(metadata, indent=2).encode()
+        both = {key: [checksum(before[key]), checksum(after[key])] for key in after}
+        self._put_table(self.store.registered(), both)
+        # Arrays first: rows without a name are harmless, a name without a row is not.
+        for key, content in after.items():
+            if content != before[key]:
+                _put(self.path / key, content)
+        self._put_table(table, {key: [checksum(content)] for key, content in after.items()})
+        self._reload()
+
+    def _put_table(self, table: Sequence[StoredSample], files: dict[str, Any]) -> None:
         rows = [sample.to_dict() for sample in table]
         _put(self.path / SAMPLES_KEY, sealed({"files": files, "samples": rows}, indent=0))
-        self._reload()
 
     def claim(self, sample: StoredSample) -> Claim | None:
         """Take the right to write a sample.
@@ -184,13 +201,13 @@ class StoreWriter:
         Raises:
             StoreError: If a shape differs from the store's, or a value is not finite in its dtype.
         """
-        files: dict[str, list[int]] = {}
+        files: dict[str, Any] = {}
         keys = []
         for name, features in arrays.levels.items():
             values, scales = as_stored(features, self.store, name, sample)
             key, shard = self._shard(name, sample, values)
             _put_unsynced(self.path / key, shard)
-            files |= described({key: shard})
+            files[key] = checksum(shard)
             if scales is not None:
                 keys.append(self._write_row(f"{SCALE_PREFIX}{name}", sample, scales))
         keys += [
@@ -203,7 +220,7 @@ class StoreWriter:
             content = self.store.get(key)
             if content is None:
                 raise StoreError(f"{self.store.path}: {key} vanished while it was being written")
-            files |= described({key: content})
+            files[key] = checksum(content)
         sync_below(self.path, [self.path / key for key in files])
         mark = {
             "sample_id": sample.sample_id,
@@ -335,7 +352,17 @@ def _create(
     tokens: Level | None,
     provenance: dict[str, Any],
 ) -> None:
-    """Make the empty arrays, and last the group's attributes that make it a store."""
+    """Make the empty arrays, and last the group's attributes that make it a store.
+
+    Raises:
+        StoreError: If there are finished samples of a store whose attributes are gone.
+    """
+    finished = len(list(path.glob(mark_key(0).replace("00000000", "*"))))
+    if finished:
+        raise StoreError(
+            f"{path}: its zarr.json is missing, but {finished} samples are complete; put the file "
+            "back, or choose another --out"
+        )
     group = zarr.create_group(str(path / ".new"), zarr_format=3, overwrite=True)
     by_name = {level.name: level for level in levels}
     side = card.rule.region_px // card.rule.patch_px
@@ -378,6 +405,8 @@ def _create(
     for child in sorted(made.iterdir(), key=lambda child: child.name == "zarr.json"):
         if child.name == "zarr.json":
             sync(path)
+        elif (path / child.name).exists():  # of a making that was interrupted
+            shutil.rmtree(path / child.name)
         child.replace(path / child.name)
     made.rmdir()
     sync(path)
