@@ -56,7 +56,7 @@ def serving() -> Iterator[Server]:
     served = Server()
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 (http.server's name)
+        def do_GET(self) -> None:
             wanted = self.headers.get("Range", "")
             served.asked.append((self.path, wanted))
             page = served.pages.get(self.path, Page(status=404))
@@ -131,9 +131,7 @@ def put_drive_folder(server: Server, folder_id: str, name: str, entries: dict[st
     for index, (entry, content) in enumerate(entries.items()):
         entry_id = f"{folder_id}-{index:02d}"
         if isinstance(content, dict):
-            links.append(
-                f'<a href="https://drive.google.com/drive/folders/{entry_id}">{entry}</a>'
-            )
+            links.append(f'<a href="https://drive.google.com/drive/folders/{entry_id}">{entry}</a>')
             put_drive_folder(server, entry_id, entry, content)
             continue
         links.append(f'<a href="https://drive.google.com/file/d/{entry_id}/view">{entry}</a>')

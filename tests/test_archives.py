@@ -12,39 +12,9 @@ import pytest
 from pathsegdiff.errors import FetchError
 from pathsegdiff.fetch import archives
 from pathsegdiff.fetch.archives import safe_path, unpack
+from tests.helpers_archives import content, make, make_tar, make_zip
 
 FILES = {"train/a.bmp": b"a" * 1000, "train/b.bmp": b"b" * 10, "read me.txt": b"read"}
-
-
-def make_zip(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def make_tar(path: Path, files: dict[str, bytes], *members: tarfile.TarInfo) -> Path:
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-        for member in members:
-            archive.addfile(member)
-    return path
-
-
-def make(path: Path, files: dict[str, bytes]) -> Path:
-    return make_zip(path, files) if path.suffix == ".zip" else make_tar(path, files)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if not path.is_dir()
-    }
 
 
 @pytest.fixture
