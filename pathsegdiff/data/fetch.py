@@ -103,6 +103,9 @@ def fetch_dataset(plan: FetchPlan, report: Report) -> list[str]:
     with staging(plan.root) as folder:
         if plan.table.kind == "archive":
             return _fetch_archive(plan, folder, report)
+        if plan.table.size is not None:
+            share = plan.table.size * len(plan.missing) // plan.total
+            check_room(plan.root, share, "make room, or choose another --data-root")
         try:
             return _fetch_drive(plan, report)
         except FetchError as error:
@@ -140,9 +143,6 @@ def _fetch_archive(plan: FetchPlan, folder: Path, report: Report) -> list[str]:
 def _fetch_drive(plan: FetchPlan, report: Report) -> list[str]:
     root = data_root_of(plan.manifest, plan.root)
     missing, total = plan.missing, plan.total
-    if plan.table.size is not None:
-        share = plan.table.size * len(missing) // total
-        check_room(root, share, "make room, or choose another --data-root")
     urls = _find_on_drive(list_drive_folder(plan.table.folder), missing)
     absent = [path for path in missing if path not in urls]
     if not urls:
