@@ -135,6 +135,29 @@ def test_bytes_are_counted_while_they_are_written(tmp_path):
     assert (tmp_path / "x").read_bytes() == b""
 
 
+def test_a_file_that_ends_early_is_damage(tmp_path):
+    entry = archives._Entry(path=PurePosixPath("x"), size=5, open=lambda: io.BytesIO(b"four"))
+    with pytest.raises(FetchError, match="damaged: x has 4 of 5 bytes"):
+        archives._write(tmp_path / "a.zip", entry, tmp_path / "x")
+
+
+def test_a_sparse_file_in_a_tar_is_refused(tmp_path, out):
+    member = tarfile.TarInfo("holes")
+    member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}
+    archive = make_tar(tmp_path / "a.tar", {}, member)
+    with pytest.raises(FetchError, match="'holes' is a link or a device"):
+        unpack(archive, out, out / ".work")
+
+
+def test_an_encrypted_zip_is_named_as_such(tmp_path, out):
+    archive = make_zip(tmp_path / "a.zip", {"x": b"x"})
+    data = bytearray(archive.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1  # the flag in the directory
+    archive.write_bytes(data)
+    with pytest.raises(FetchError, match="is encrypted; unpack it by hand"):
+        unpack(archive, out, out / ".work")
+
+
 def test_a_tar_header_of_any_length_is_not_read_into_memory(tmp_path, out):
     member = tarfile.TarInfo("././@LongLink")
     member.type, member.size = tarfile.GNUTYPE_LONGNAME, 64 << 20

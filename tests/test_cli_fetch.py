@@ -184,6 +184,20 @@ def test_a_hostile_archive_is_refused_whatever_its_hash(capsys, tmp_path, server
     assert not list(tmp_path.rglob("escaped"))
 
 
+def test_a_folder_that_the_manifest_names_is_kept(capsys, tmp_path, server):
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
+    Image.new("L", (40, 40)).save(tmp_path / "1_mask.png")
+    files = {f"case/{name}": (tmp_path / name).read_bytes() for name in ("1.png", "1_mask.png")}
+    data = make_tar(tmp_path / "x.tgz", files).read_bytes()
+    row = {"sample_id": "a", "image": "case/1.png", "mask": "case/1_mask.png", **ROW}
+    manifest = write_manifest(tmp_path / "m.toml", [row])
+    sha256 = hashlib.sha256(data).hexdigest()
+    add_fetch(manifest, kind="archive", url=server.put("/x.tgz", data), sha256=sha256)
+    code, out, _ = psd(capsys, "data", "fetch", manifest, "--accept-licence")
+    assert code == 0 and "train: 1 of 1 good" in out
+    assert Path("data/m/case/1.png").exists()
+
+
 def test_files_that_do_not_fit_the_manifest_fail_the_check(capsys, tmp_path, server, archived):
     manifest, root, _ = archived
     root.mkdir()
@@ -484,6 +498,16 @@ def test_an_unaccepted_licence_and_a_folder_in_the_way_end_before_the_first_byte
     code, _, err = psd(capsys, "models", "pull", "small", *option, "--accept-licence")
     assert code == 1
     assert "mine.txt" not in err and err.count("\n") == 1
+    assert not server.asked
+
+
+def test_a_disk_that_is_too_small_for_a_model_is_told(capsys, small, server, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    code, _, err = psd(capsys, "-q", "models", "pull", "small", "--accept-licence")
+    assert code == 1
+    assert "bytes are needed and 1,000 are free" in err
+    assert err.endswith("make room, or choose another --out\n")
     assert not server.asked
 
 
