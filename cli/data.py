@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.fetch import accept_option, fetch_data
 from cli.options import PATH, data_root_option
 
 if TYPE_CHECKING:  # heavy imports stay inside the commands
@@ -23,6 +24,7 @@ def data() -> None:
     Example:
       psd data list
       psd data show glas
+      psd data fetch glas
       psd data check glas --data-root ~/GlaS
       psd data init --images my/images --masks my/masks --out my.toml
     """
@@ -71,8 +73,31 @@ def show(name: str) -> None:
     ):
         if text:
             click.echo(_field(label, text))
+    if manifest.fetch is not None:
+        click.echo(_field("fetch", f"psd data fetch {_shown_name(manifest)}"))
     _show_content(manifest)
     click.echo(_field("looked for in", _places(manifest)))
+
+
+@data.command()
+@click.argument("name", metavar="NAME|MANIFEST")
+@data_root_option
+@accept_option
+@click.pass_context
+def fetch(ctx: click.Context, name: str, data_root: Path | None, accept_licence: bool) -> None:
+    """Get a data set from where its manifest says, and check it.
+
+    Licence and citation are shown first and must be accepted once. The same command continues
+    after an interruption, and leaves alone what is already there.
+
+    \b
+    Example:
+      psd data fetch glas
+      psd data fetch bcss --data-root ~/bcss --accept-licence
+    """
+    quiet = bool(ctx.find_root().params.get("quiet"))
+    if not fetch_data(name, data_root, accept_licence, quiet):
+        raise click.exceptions.Exit(1)
 
 
 @data.command()
@@ -97,7 +122,7 @@ def check(ctx: click.Context, name: str, data_root: Path | None, splits: tuple[s
     quiet = bool(ctx.find_root().params.get("quiet"))
     with Progress("check", "images", quiet=quiet) as progress:
         report = check_dataset(name, data_root=data_root, splits=splits, progress=progress)
-    _show_report(report)
+    show_report(report)
     if not report.whole:
         raise click.exceptions.Exit(1)
 
@@ -220,7 +245,8 @@ def _places(manifest: "Manifest") -> str:
     return f"--data-root, else $PSD_DATA/{manifest.name}, else data/{manifest.name}"
 
 
-def _show_report(report: "CheckReport") -> None:
+def show_report(report: "CheckReport") -> None:
+    """Print what a check found."""
     click.echo(f"{report.manifest.name} in {report.root}")
     if not report.hashed:
         click.echo("The manifest has no pixel hashes: altered pixels cannot be noticed.")

@@ -39,7 +39,7 @@ _SHORT_HELP = {
     "compare": "Two scored runs, image by image, with paired intervals.",
     "predict": "Segment image files of any size.",
     "pretrain": "Train a diffusion model of your own.",
-    "models": "Model bundles: list, show, import, init.",
+    "models": "Model bundles: list, show, pull, import, init.",
     "data": "Data sets: what is needed, where from, is it whole.",
     "cache": "Feature stores: contents, integrity, repair, export.",
     "probe": "One patch through stage 1, every number saved.",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.fetch import OUT_OPTION, accept_option, pull
 from cli.options import PATH, seed_option
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ _DTYPES = ("float16", "float32")
 
 @click.group()
 def models() -> None:
-    """Model bundles: list, show, import, init.
+    """Model bundles: list, show, pull, import, init.
 
     \b
     Example:
@@ -84,6 +85,27 @@ def show(model: str) -> None:
     for label, text in lines.items():
         click.echo(f"  {label:<20}{text}")
     click.echo("  " + "  ".join(f"{tap.name} {tap.channels}@{tap.stride}" for tap in card.taps))
+
+
+@models.command("pull")
+@click.argument("name", metavar="ssl-ldm-brca|hipt|zoomldm-brca")
+@OUT_OPTION
+@accept_option
+@click.pass_context
+def pull_model(ctx: click.Context, name: str, out: Path | None, accept_licence: bool) -> None:
+    """Get a published model, and make a bundle of it where its files allow.
+
+    ssl-ldm-brca is the paper's: the SSL-guided LDM of breast tissue at 20x, with HIPT's encoder.
+    hipt is that encoder alone, and zoomldm-brca a later model: both are kept as files. Licence and
+    citation are shown first and must be accepted once. The same command continues after an
+    interruption.
+
+    \b
+    Example:
+      psd models pull ssl-ldm-brca
+      psd models pull hipt --out weights/hipt --accept-licence
+    """
+    pull(name, out, accept_licence, bool(ctx.find_root().params.get("quiet")))
 
 
 @models.command()

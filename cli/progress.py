@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 import click
 
 if TYPE_CHECKING:
+    from pathsegdiff.fetch.download import State
     from pathsegdiff.segmentation.loop import TrainProgress
 
 #: Seconds between two plain lines where stderr is no terminal.
@@ -18,7 +19,8 @@ _LIVE_INTERVAL = 0.2
 class Progress:
     """Counts of one long loop with rate and time left; use it as a context manager.
 
-    Calling it with (done, total, note) shows the state; ``unit`` names what is counted.
+    Calling it with (done, total, note) shows the state; ``unit`` names what is counted, and
+    "bytes" are shown as people say them. A total of None is not known.
     """
 
     def __init__(self, label: str, unit: str, *, quiet: bool = False) -> None:
@@ -43,7 +45,7 @@ class Progress:
         if self._width:
             click.echo(err=True)
 
-    def __call__(self, done: int, total: int, note: str = "") -> None:
+    def __call__(self, done: int, total: int | None, note: str = "") -> None:
         """Show the state if enough time has passed since the last time, or all is done."""
         if self._quiet:
             return
@@ -52,7 +54,7 @@ class Progress:
             # What was done before, and how long the first took to come, says nothing of the rate.
             self._started, self._begin, self._first = True, now, done
         interval = _LIVE_INTERVAL if self._live else _PLAIN_INTERVAL
-        if done < total and now - self._shown < interval:
+        if (total is None or done < total) and now - self._shown < interval:
             return
         self._shown = now
         line = self._line(done, total, now - self._begin, note)
@@ -62,15 +64,51 @@ class Progress:
         else:
             click.echo(line, err=True)
 
-    def _line(self, done: int, total: int, seconds: float, note: str) -> str:
+    def _line(self, done: int, total: int | None, seconds: float, note: str) -> str:
         rate = (done - self._first) / max(seconds, 1e-9)
-        left = (total - done) / rate if rate > 0 else float("inf")
-        parts = [f"{self._label}: {done}/{total} {self._unit}"]
+        parts = [f"{self._label}: {self._count(done, total)}"]
         if rate > 0:
-            parts.append(f"{rate:.3g} {self._unit}/s")
-        if done < total:
+            per_second = size(rate) if self._unit == "bytes" else f"{rate:.3g} {self._unit}"
+            parts.append(f"{per_second}/s")
+        if total is not None and done < total:
+            left = (total - done) / rate if rate > 0 else float("inf")
             parts.append(f"{duration(left)} left")
         return ", ".join([*parts, *([note] if note else [])])
+
+    def _count(self, done: int, total: int | None) -> str:
+        if self._unit == "bytes":
+            return size(done) if total is None else f"{size(done)} of {size(total)}"
+        return f"{done} {self._unit}" if total is None else f"{done}/{total} {self._unit}"
+
+
+class TransferProgress:
+    """Progress of transfers, one after the other: a line of its own for each."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._label: str | None = None
+        self._current: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._current is not None:
+            self._current.__exit__(kind, error, traceback)
+
+    def show(self, state: "State") -> None:
+        """Called after each piece."""
+        if self._current is None or state.label != self._label:
+            if self._current is not None:
+                self._current.__exit__(None, None, None)
+            self._label = state.label
+            self._current = Progress(state.label, state.unit, quiet=self._quiet)
+        self._current(state.done, state.total, state.note)
 
 
 class TrainingProgress(Progress):

@@ -27,3 +27,8 @@ class StoreError(PathSegDiffError):
 
 class RunError(PathSegDiffError):
     """A run folder is missing, damaged, or its head does not fit what it is asked to read."""
+
+
+class FetchError(PathSegDiffError):
+    """A transfer was refused or broke off, a file is not the expected one, an archive is hostile,
+    or the disk is too small."""

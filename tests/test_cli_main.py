@@ -33,7 +33,8 @@ def test_table_2_says_what_is_missing_and_how_to_get_it(tmp_path, monkeypatch, c
     assert run(["reproduce", "table2"]) == 1
     err = capsys.readouterr().err
     assert "missing: model ssl-ldm-brca" in err
-    assert "psd models import --ldm last.ckpt" in err
+    assert "`psd models pull ssl-ldm-brca` gets the paper's weights" in err
+    assert "`psd data fetch bcss` gets it" in err
     assert "missing: data set bcss" in err
     assert err.strip().splitlines()[-1].startswith("Error: table2 needs 2 more things")
 

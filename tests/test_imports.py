@@ -19,6 +19,7 @@ ORDER = (
     "device",
     "products",
     "provenance",
+    "fetch",
     "data",
     "diffusion",
     "evaluation",

@@ -291,8 +291,10 @@ def test_random_weights_are_made_in_the_models_shapes(folder, tmp_path, quick):
 def test_what_is_missing_is_listed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make, "find_spec", lambda name: None)
     model, data, package = missing_things("glas", tmp_path, "absent", ["null", "res-unet"])
+    assert "; `psd models pull ssl-ldm-brca` gets the paper's weights" in model
     assert "psd models import" in model
     assert str(tmp_path) in data
+    assert "`psd data fetch glas` gets it" in data
     assert "pip install 'pathsegdiff[baselines]'" in package
     assert run(["reproduce", "table2", "--data-root", str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "table2 needs 3 more things, listed above" in capsys.readouterr().err

@@ -68,7 +68,6 @@ __all__ = [
 
 #: Size of an image against its row: beyond this it was exported at another resolution.
 _SIZE_TOLERANCE = 0.02
-_HINT = "; see `psd data show {}` for what is expected and where to get it"
 _WHITE = 255
 
 Key = TypeVar("Key")
@@ -410,6 +409,17 @@ def open_dataset(
     return Dataset(manifest, root, rule, chosen, paths)
 
 
+def root_folder(manifest: Manifest, data_root: Path | None = None) -> tuple[Path, str]:
+    """The data root, whether it is there or not, and which setting named it."""
+    if data_root is not None:
+        return Path(data_root), "--data-root"
+    if manifest.root is not None:
+        return manifest.root, "root of the manifest"
+    if os.environ.get("PSD_DATA"):
+        return Path(os.environ["PSD_DATA"]) / manifest.name, "PSD_DATA"
+    return Path("data") / manifest.name, "the default; or give --data-root"
+
+
 def data_root_of(manifest: Manifest, data_root: Path | None = None) -> Path:
     """The folder below which the files of a data set are looked for.
 
@@ -419,18 +429,11 @@ def data_root_of(manifest: Manifest, data_root: Path | None = None) -> Path:
     Raises:
         DataError: If there is no such folder.
     """
-    if data_root is not None:
-        root, option = Path(data_root), "--data-root"
-    elif manifest.root is not None:
-        root, option = manifest.root, "root of the manifest"
-    elif os.environ.get("PSD_DATA"):
-        root, option = Path(os.environ["PSD_DATA"]) / manifest.name, "PSD_DATA"
-    else:
-        root, option = Path("data") / manifest.name, "the default; or give --data-root"
+    root, option = root_folder(manifest, data_root)
     if not root.is_dir():
         raise DataError(
             f"data set {manifest.name}: there is no folder {shown(root)} ({option})"
-            + _HINT.format(reference(manifest))
+            + _hint(manifest)
         )
     entries = [entry for entry in root.iterdir() if not entry.name.startswith((".", "__MACOSX"))]
     expected = {
@@ -591,6 +594,12 @@ def _images_by_stem(folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def _hint(manifest: Manifest) -> str:
+    name = reference(manifest)
+    fetch = "" if manifest.fetch is None else f"; `psd data fetch {name}` gets it"
+    return f"{fetch}; see `psd data show {name}` for what is expected and where to get it"
+
+
 def _present_splits(
     manifest: Manifest,
     root: Path,
@@ -598,7 +607,7 @@ def _present_splits(
     wanted: Sequence[str],
 ) -> list[str]:
     """The splits to open: those wanted, else all that are there; whole, or it is an error."""
-    hint = _HINT.format(reference(manifest))
+    hint = _hint(manifest)
     present = []
     for split in manifest.splits:
         if wanted and split not in wanted:

@@ -1,6 +1,7 @@
 """The two files of a manifest: read, and checked whole.
 
-    NAME.toml   title, licence, citation, where to get it, label codes -> classes, region rule
+    NAME.toml   title, licence, citation, where to get it, label codes -> classes, region rule,
+                how a command gets it ([fetch], optional)
     NAME.csv    one row per source image: sample_id, image, mask, split, group, pixel hashes
 
 Manifests are passed around, and paths and ids of theirs reach the file system: nothing in them is
@@ -17,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pathsegdiff
+from pathsegdiff.data.fetch_table import FetchTable
 from pathsegdiff.data.image import IMAGE_SUFFIXES, MAX_PIXELS, shown
 from pathsegdiff.data.labels import LabelScheme
 from pathsegdiff.data.regions import RegionRule, check_mpp
@@ -35,6 +37,7 @@ _OPTIONAL_KEYS = (
     "default_eval",
     "root",
     "embedded",
+    "fetch",
 )
 #: Also the name of files that are made from samples: no separator, no leading dot, not too long.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -89,6 +92,7 @@ class Manifest:
         sources: In the order of the file.
         path: Of the TOML file.
         root: Of the files, where the manifest itself says so; else None.
+        fetch: How ``psd data fetch`` gets the files; None where it cannot.
     """
 
     name: str
@@ -108,6 +112,7 @@ class Manifest:
     sources: tuple[Source, ...]
     path: Path
     root: Path | None
+    fetch: FetchTable | None
 
 
 def list_manifests() -> list[str]:
@@ -170,6 +175,13 @@ def load_manifest(name_or_path: str | Path) -> Manifest:
     sources = _read_sources(path.with_suffix(".csv"), splits)
     if grouped:
         _check_groups(path.with_suffix(".csv"), sources)
+    fetch = None
+    if "fetch" in table:
+        try:
+            fetch = FetchTable.from_dict(table["fetch"])
+            fetch.check_paths([file for row in sources for file in (row.image, row.mask)])
+        except DataError as error:
+            raise DataError(f"{shown(path)}: {error}") from None
     return Manifest(
         name=name,
         **texts,
@@ -182,6 +194,7 @@ def load_manifest(name_or_path: str | Path) -> Manifest:
         sources=sources,
         path=path,
         root=_own_root(path, table),
+        fetch=fetch,
     )
 
 

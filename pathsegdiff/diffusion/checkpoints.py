@@ -71,7 +71,7 @@ IGNORED_BUFFERS = frozenset({
 })
 # fmt: on
 #: The file that HIPT publishes (facts: 704,238,867 bytes).
-_HIPT_SHA256 = "6960cd5a8657dc8bb214671aa0c6dbd3f5b698e84386884955836487ddc89e24"
+HIPT_SHA256 = "6960cd5a8657dc8bb214671aa0c6dbd3f5b698e84386884955836487ddc89e24"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -554,7 +554,7 @@ def _provenance(*, ldm: Path, project: Path, encoder: Path, ema: bool) -> dict[s
             "ldm": f"{ldm.name}, sha256 {hashes['ldm']}",
             "project": f"{project.name}, sha256 {file_sha256(project)}",
             "encoder": f"{encoder.name}, sha256 {hashes['encoder']}"
-            + (" (HIPT ViT-256 as published)" if hashes["encoder"] == _HIPT_SHA256 else ""),
+            + (" (HIPT ViT-256 as published)" if hashes["encoder"] == HIPT_SHA256 else ""),
             "UNet weights": "averaged (EMA)" if ema else "plain",
         }
     )

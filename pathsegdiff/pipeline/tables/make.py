@@ -24,11 +24,9 @@ from pathsegdiff.segmentation.runs import write_json
 
 Log = Callable[[str], None]
 _PAPERS_WEIGHTS = (
-    "the paper's: get configs/*-project.yaml and checkpoints/last.ckpt of the SSL-guided LDM "
-    "(BRCA, 20x) from Google Drive folder 1kZ69wVEHV3k3Zr1hgS3kftz9cfNb9BxA, and HIPT's "
-    "vit256_small_dino.pth from github.com/mahmoodlab/HIPT (git LFS), then: psd models import "
-    "--ldm last.ckpt --config project.yaml --encoder vit256_small_dino.pth "
-    "--out models/ssl-ldm-brca; or --model tiny for the embedded one"
+    "`psd models pull ssl-ldm-brca` gets the paper's weights and makes a bundle of them, then "
+    "--model ssl-ldm-brca; `psd models import --help` says how to make one of files at hand; or "
+    "--model tiny for the embedded one"
 )
 #: A command that was told to end has so many seconds for its last checkpoint.
 _LAST_WORDS = 120

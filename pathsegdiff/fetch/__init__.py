@@ -1,0 +1,1 @@
+"""Files from the network: transfers that resume, archives that are not trusted, licences."""
