@@ -29,6 +29,7 @@ COMMANDS = {
     "baseline": "cli.baseline:baseline",
     "reproduce": "cli.reproduce:reproduce",
     "bench": "cli.bench:bench",
+    "doctor": "cli.doctor:doctor",
 }
 #: One line each, so that ``psd --help`` imports no command.
 _SHORT_HELP = {
@@ -47,6 +48,7 @@ _SHORT_HELP = {
     "baseline": "A network on the images themselves, to compare with.",
     "reproduce": "The paper's tables.",
     "bench": "Speed and memory beside the plain way, on this machine.",
+    "doctor": "Versions, machine, models, data, and what will not work.",
 }
 
 
