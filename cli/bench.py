@@ -21,10 +21,11 @@ from cli.options import PATH, device_option
 )
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="bfloat16",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
     show_default=True,
-    help="Measured after float32, beside the same plain way.",
+    help="Measured after float32, beside the same plain way; auto: bfloat16, unless the processor "
+    "has to emulate it.",
 )
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory too.")
 @device_option
@@ -53,11 +54,15 @@ def bench(
       psd bench
       psd bench --model models/ssl-ldm-brca --region 768 --samples 2 --runs 3
     """
-    from pathsegdiff.device import resolve_device
+    from pathsegdiff.device import has_arithmetic, resolve_device
     from pathsegdiff.files import replace_file
     from pathsegdiff.pipeline.bench.bench import BenchSettings, facts, run_bench, table
     from pathsegdiff.pipeline.bench.plot import draw
 
+    place = resolve_device(device)
+    if precision == "auto":
+        fast = place.type != "cpu" or has_arithmetic("bfloat16")
+        precision = "bfloat16" if fast else "float32"
     settings = BenchSettings(
         model=model,
         samples=samples,
@@ -66,7 +71,7 @@ def bench(
         batch_size=batch_size,
         head_batch=head_batch,
         precision=precision,
-        device=resolve_device(device),
+        device=place,
         memory=memory,
     )
     found = run_bench(settings, log=lambda line: click.echo(f"measuring {line}", err=True))

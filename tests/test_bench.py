@@ -13,6 +13,7 @@ from PIL import Image
 
 from cli.main import run
 from pathsegdiff.data.manifest import open_dataset
+from pathsegdiff.device import has_arithmetic
 from pathsegdiff.diffusion.bundle import load_bundle
 from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.store import FeatureStore
@@ -46,6 +47,8 @@ def hold(megabytes):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_part_is_measured(micro, precision):
+    if not has_arithmetic(precision):
+        pytest.skip(f"{precision} is emulated here, which takes minutes")
     settings = BenchSettings(
         model=str(micro), samples=2, runs=2, precision=precision, device=CPU, memory=False
     )
