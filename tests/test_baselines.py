@@ -690,6 +690,7 @@ def test_an_evaluation_leaves_what_psd_eval_leaves(dataset, finished):
         "metrics.json",
         "overlays",
         "per_image.csv",
+        "predictions",
         "report.html",
     ]
     assert found.scores.miou > 0.8

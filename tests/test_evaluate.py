@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pathsegdiff.data.image import read_label_image
 from pathsegdiff.errors import RunError, StoreError
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.segmentation.evaluate import evaluate_run
@@ -95,9 +96,16 @@ def test_an_evaluation_leaves_metrics_rows_overlays_and_a_report(store, trained,
         "metrics.json",
         "overlays",
         "per_image.csv",
+        "predictions",
         "report.html",
     ]
     names = [sample.sample_id for sample in store.samples("test")]
+    labels = [read_label_image(found.path / "predictions" / f"{name}.png") for name in names]
+    counted = sum(
+        (label == store.label(sample)).sum()
+        for label, sample in zip(labels, store.samples("test"), strict=True)
+    )
+    assert counted / sum(label.size for label in labels) == pytest.approx(found.scores.accuracy)
     assert sorted(path.stem for path in (found.path / "overlays").iterdir()) == names
     with Image.open(found.path / "overlays" / f"{names[0]}.png") as image:
         assert image.mode == "RGB"
