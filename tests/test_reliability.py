@@ -396,3 +396,55 @@ def _parts(store):
         "tokens": None,
         "provenance": {},
     }
+
+
+# -- the disk --
+
+
+def test_a_store_that_is_removed_meanwhile_is_one_line(monkeypatch, capsys):
+    from pathsegdiff.features import extract
+
+    real = extract.StageOne.run
+
+    def remove(self, *arguments):
+        shutil.rmtree("gone.zarr", ignore_errors=True)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(extract.StageOne, "run", remove)
+    assert run([*EXTRACT, "gone.zarr"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("Error: ") and "gone.zarr" in error
+    monkeypatch.undo()
+    shutil.rmtree("gone.zarr", ignore_errors=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no mount here")
+def test_a_small_disk_that_fills_up_and_one_that_is_read_only_are_one_line(tmp_path, capsys):
+    """On a disk of its own, where the system lets us mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(*options):
+        return subprocess.run(
+            ["mount", *options, str(disk)], capture_output=True, check=False
+        ).returncode
+
+    if mount("-t", "tmpfs", "-o", "size=2m", "tmpfs"):
+        pytest.skip("mounting is not allowed here")
+    try:
+        assert run([*EXTRACT, str(disk / "s.zarr")]) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("Error: ") and "no space left" in error.lower()
+        done = len(list((disk / "s.zarr" / "marks").glob("*.json")))
+        assert not verify_store(FeatureStore.open(disk / "s.zarr"))
+        mount("-o", "remount,size=50m")
+        mount("-o", "remount,ro")
+        assert run([*EXTRACT, str(disk / "s.zarr")]) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("Error: ") and "read-only" in error.lower()
+        mount("-o", "remount,rw")
+        assert run([*EXTRACT, str(disk / "s.zarr")]) == 0
+        assert f"{5 - done} samples written, {done} already complete" in capsys.readouterr().out
+        assert values_of(disk / "s.zarr") == values_of("whole.zarr")
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
