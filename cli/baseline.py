@@ -16,7 +16,10 @@ from cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pathsegdiff.segmentation.loop import TrainResult
+    import torch
+
+    from pathsegdiff.pipeline.baselines.baseline import Baseline
+    from pathsegdiff.pipeline.baselines.ddpmseg import DDPMSeg
 
 #: Of a network on images, and of the ensemble that reads stores.
 NAMES = ("res-unet", "vgg16-fcn8", "dcan", "effnet-unet", "ddpm-seg")
@@ -157,8 +160,7 @@ def baseline(
     if dataset is None:
         raise click.UsageError("Missing option '--dataset'.")
 
-    from cli.progress import Progress, TrainingProgress
-    from cli.results import show_evaluation
+    from cli.progress import TrainingProgress
     from pathsegdiff.data.manifest import open_dataset
     from pathsegdiff.device import resolve_device, resolve_precision
     from pathsegdiff.pipeline.baselines.baseline import Baseline
@@ -182,7 +184,7 @@ def baseline(
         precision=resolve_precision(precision, place),
         **others,
     )
-    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    quiet = _is_quiet(ctx)
     pilots: dict[str, float] = {}
     if len(rates) > 1:
         name_of_all = out or Path("runs") / f"{opened.name}-{name}-lr-chosen"
@@ -205,14 +207,9 @@ def baseline(
         f"{settings.batch_size} at {settings.size_px} px, {settings.precision}, learning rate "
         f"{settings.learning_rate:g}"
     )
-    with TrainingProgress("baseline", quiet=quiet) as bar:
-        result = made.train(out, device=place, progress=bar.show)
-    _show_result(result)
+    _train_and_score(made, out, place, quiet=quiet)
     if pilots:
         write_pilots(out, pilots)
-    with Progress("eval", "images", quiet=quiet) as progress:
-        found = made.evaluate(out, device=place, progress=progress)
-    show_evaluation(found)
 
 
 def _train_ensemble(
@@ -223,8 +220,6 @@ def _train_ensemble(
     device: str,
     others: dict[str, Any],
 ) -> None:
-    from cli.progress import Progress, TrainingProgress
-    from cli.results import show_evaluation
     from pathsegdiff.device import resolve_device
     from pathsegdiff.pipeline.baselines.ddpmseg import DDPMSeg
     from pathsegdiff.pipeline.baselines.pixels import open_stores
@@ -237,18 +232,17 @@ def _train_ensemble(
         f"channels, {len(made.parts.train)} images of {made.card.name} train and "
         f"{len(made.parts.val)} validate, batches of {made.settings.batch_size} pixels"
     )
-    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    _train_and_score(made, out, place, quiet=_is_quiet(ctx))
+
+
+def _train_and_score(
+    made: "Baseline | DDPMSeg", out: Path, place: "torch.device", *, quiet: bool
+) -> None:
+    from cli.progress import Progress, TrainingProgress, duration
+    from cli.results import show_evaluation
+
     with TrainingProgress("baseline", quiet=quiet) as bar:
         result = made.train(out, device=place, progress=bar.show)
-    _show_result(result)
-    with Progress("eval", "images", quiet=quiet) as progress:
-        found = made.evaluate(out, device=place, progress=progress)
-    show_evaluation(found)
-
-
-def _show_result(result: "TrainResult") -> None:
-    from cli.progress import duration
-
     if not result.steps_done_now:
         click.echo(f"{result.path} has finished before, after {result.steps} steps")
     else:
@@ -256,6 +250,13 @@ def _show_result(result: "TrainResult") -> None:
     kept = result.kept
     quality = f", validation mIoU {kept['val_miou']:.4f}" if "val_miou" in kept else ""
     click.echo(f"kept: step {kept['step']:.0f}{quality}: {result.path}")
+    with Progress("eval", "images", quiet=quiet) as progress:
+        found = made.evaluate(out, device=place, progress=progress)
+    show_evaluation(found)
+
+
+def _is_quiet(ctx: click.Context) -> bool:
+    return bool(ctx.parent and ctx.parent.params.get("quiet"))
 
 
 def _refuse_given(name: str, reason: str, options: dict[str, Any]) -> None:
