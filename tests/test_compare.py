@@ -7,7 +7,7 @@ import pytest
 
 from cli.main import run
 from pathsegdiff.errors import RunError
-from pathsegdiff.evaluation.compare import compare, read_scored
+from pathsegdiff.evaluation.compare import compare, join, read_scored
 from pathsegdiff.evaluation.confusion import confusion_matrix
 from pathsegdiff.evaluation.intervals import pixel_intervals
 from pathsegdiff.evaluation.report import image_row, metrics_json
@@ -48,6 +48,29 @@ def better(tmp_path):
 @pytest.fixture
 def worse(tmp_path):
     return write_eval(tmp_path / "worse", predicted(0.5, 2))
+
+
+def test_folds_are_joined_to_one_evaluation(better, worse, tmp_path):
+    labels = predicted(0.2, 1)
+    halves = [
+        write_eval(
+            tmp_path / f"fold{number}", labels[part], part=f"fold{number}", targets=TARGETS[part],
+            ids=[f"s{k}" for k in range(12)[part]],
+        )
+        for number, part in enumerate((slice(0, 5), slice(5, 12)))
+    ]  # fmt: skip
+    joined = join([read_scored(half) for half in halves])
+    assert joined.part == "fold0+fold1" and len(joined.sample_ids) == 12
+    whole = read_scored(better)
+    assert (
+        compare(joined, read_scored(worse)).differences
+        == compare(whole, read_scored(worse)).differences
+    )
+    with pytest.raises(RunError, match="have an image in common"):
+        join([whole, read_scored(halves[0])])
+    other = write_eval(tmp_path / "other", labels, names=("a", "b"))
+    with pytest.raises(RunError, match="the classes of .* differ"):
+        join([whole, read_scored(other)])
 
 
 def test_a_clear_difference_is_one_and_none_is_none(better, worse, tmp_path):

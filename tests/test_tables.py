@@ -15,6 +15,7 @@ from PIL import Image
 
 from cli.main import run
 from pathsegdiff.errors import ConfigError, RunError
+from pathsegdiff.evaluation.compare import compare, join, read_scored
 from pathsegdiff.pipeline.tables import curves, make, rows
 from pathsegdiff.pipeline.tables.columns import columns_of
 from pathsegdiff.pipeline.tables.make import make_runs, missing_things
@@ -125,6 +126,36 @@ def test_folds_and_few_images_are_lines_and_runs_of_their_own(folder, tmp_path, 
     (network,) = folded.commands(replace(held, row="res-unet"))
     assert all(c[c.index("--split") + 1] == "train" for c in (train, network))
     assert all(command.count("--split") == 1 for command in folded.extractions())
+
+
+def test_folds_of_a_seed_are_one_sample_of_images(folder, tmp_path, quick):
+    write_dataset(tmp_path / "folded", train=4, test=1)
+    rows_of = (tmp_path / "folded" / "discs.csv").read_text().splitlines()
+    folds = ["fold", *(str(number % 2) for number in range(5))]
+    table = "\n".join(f"{row},{fold}" for row, fold in zip(rows_of, folds, strict=True))
+    (tmp_path / "folded" / "discs.csv").write_text(table + "\n")
+    settings = settings_of(
+        folder,
+        tmp_path / "t",
+        dataset=str(tmp_path / "folded" / "discs.toml"),
+        rows=("conditioned", "tokens"),
+        folds=(0, 1),
+        seeds=(0, 1),
+    )
+    make_runs(settings, jobs=1, threads=None, log=lambda line: None)
+    found = {row.name: row for row in collect(settings)[1] if row.planned}
+    paths = [str(path) for path in found["tokens"].first_seed()]
+    assert [path.split("/")[-3:-1] for path in paths] == [
+        ["tokens-fold0-seed0", "eval-fold0"],
+        ["tokens-fold1-seed0", "eval-fold1"],
+    ]
+    joined = [join([read_scored(path) for path in found[name].first_seed()])
+              for name in ("tokens", "conditioned")]  # fmt: skip
+    difference = compare(*joined).differences["miou"]
+    assert len(joined[0].sample_ids) == 4
+    assert f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})" in write(
+        settings
+    )
 
 
 def test_a_network_on_images_is_a_row_and_a_failure_costs_only_its_row(folder, tmp_path, quick):

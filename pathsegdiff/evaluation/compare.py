@@ -5,7 +5,7 @@ what makes an image hard for both cancels out.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,33 @@ def read_scored(path: Path, part: str | None = None) -> Scored:
     except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise RunError(f"{file} is damaged ({reason:.200}); score the run again") from None
+
+
+def join(scored: Sequence[Scored]) -> Scored:
+    """Evaluations of different images, such as those of several folds, as one.
+
+    Args:
+        scored: At least one; its path stands for all.
+
+    Raises:
+        RunError: If their classes differ, or an image is in two of them.
+    """
+    first = scored[0]
+    for other in scored[1:]:
+        if other.names != first.names:
+            raise RunError(f"the classes of {first.path} and {other.path} differ")
+    sample_ids = tuple(sample for one in scored for sample in one.sample_ids)
+    if len(set(sample_ids)) < len(sample_ids):
+        raise RunError(f"{first.path} and another evaluation have an image in common")
+    return Scored(
+        path=first.path,
+        part="+".join(one.part for one in scored),
+        names=first.names,
+        sample_ids=sample_ids,
+        units=tuple(unit for one in scored for unit in one.units),
+        confusions=np.concatenate([one.confusions for one in scored]),
+        miou=np.concatenate([one.miou for one in scored]),
+    )
 
 
 def compare(first: Scored, second: Scored, *, draws: int = 2000, seed: int = 0) -> Comparison:

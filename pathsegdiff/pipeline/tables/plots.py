@@ -43,10 +43,9 @@ class TableRow:
         """That the first run was trained on."""
         return int(self.runs[0]["training_images"])
 
-    @property
-    def path(self) -> Path:
-        """The first run's metrics.json."""
-        return Path(self.runs[0]["path"])
+    def first_seed(self) -> list[Path]:
+        """metrics.json of the first run, and of its seed's other folds."""
+        return [Path(run["path"]) for run in self.runs if run["seed"] == self.runs[0]["seed"]]
 
     def difference(self, column: str) -> float | None:
         """Ours less the published one."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pathsegdiff.errors import RunError
-from pathsegdiff.evaluation.compare import compare, read_scored
+from pathsegdiff.evaluation.compare import Scored, compare, join, read_scored
+from pathsegdiff.evaluation.intervals import pixel_intervals
 from pathsegdiff.files import replace_file
 from pathsegdiff.pipeline.tables.columns import Columns, columns_of
 from pathsegdiff.pipeline.tables.make import is_finished
@@ -122,7 +123,7 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
         "states neither batch size, epochs nor augmentation.",
         "Published figures: Danisetty et al. 2025, 'PathSegDiff', "
         f"{table.title.split(':', 1)[0]}; ours are pooled over the scored images, unweighted mean "
-        "over classes; the interval is a bootstrap over the images of the first run.",
+        "over classes; the interval is a bootstrap over the images of the first seed's runs.",
     ]
     if settings.dataset_name != table.dataset:
         notes.append(
@@ -186,7 +187,12 @@ def _read_run(settings: TableSettings, job: Job) -> dict[str, Any]:
     file = settings.metrics(job)
     found = json.loads(file.read_text(encoding="utf-8"))
     config = json.loads((settings.run(job) / "config.json").read_text(encoding="utf-8"))
-    return {**found, "training_images": _images(config), "path": str(file)}
+    return {
+        **found,
+        "training_images": _images(config),
+        "path": str(file),
+        "seed": job.seed,
+    }
 
 
 def _images(config: dict[str, Any]) -> int:
@@ -237,12 +243,17 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
     return lines
 
 
+def _scored(row: TableRow) -> Scored:
+    """The images of the first seed's runs."""
+    return join([read_scored(path) for path in row.first_seed()])
+
+
 def _less_ours(row: TableRow, ours: TableRow | None) -> str:
-    """Of the first runs, image by image."""
+    """Of the first seed's runs, image by image."""
     if ours is None or row is ours or row.limit is not None or not row.runs or not ours.runs:
         return ""
     try:
-        found = compare(read_scored(row.path), read_scored(ours.path)).differences[_COMPARED]
+        found = compare(_scored(row), _scored(ours)).differences[_COMPARED]
     except RunError as error:
         return "scored by an older version" if "older version" in str(error) else "other images"
     return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
@@ -252,11 +263,16 @@ def _spread(row: TableRow, column: str) -> list[str]:
     values = row.values(column)
     if not values:
         return ["", ""]
-    interval = row.runs[0]["intervals"].get(column)
-    return [
-        f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "",
-        "" if interval is None else f"{interval['low']:.3f} to {interval['high']:.3f}",
-    ]
+    between = ""
+    if column in row.runs[0]["intervals"]:
+        limits = row.runs[0]["intervals"][column]
+        low, high = limits["low"], limits["high"]
+        if len(row.first_seed()) > 1:
+            joined = _scored(row)
+            found = pixel_intervals(joined.confusions, groups=joined.units)[column]
+            low, high = found.low, found.high
+        between = f"{low:.3f} to {high:.3f}"
+    return [f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "", between]
 
 
 def _complete(row: TableRow) -> str:
