@@ -351,6 +351,8 @@ class FeatureStore:
         Raises:
             StoreError: If one is missing, or has another shape or dtype than the store says.
         """
+        for key in self._metadata:
+            self._check_metadata(key)
         for name in self.array_shapes:
             self._array(name)
 

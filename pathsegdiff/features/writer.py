@@ -155,7 +155,10 @@ class StoreWriter:
         The table says beforehand what the arrays' metadata will be, so that it fits them whenever
         this is broken off.
         """
-        before = {"zarr.json": (self.path / "zarr.json").read_bytes()}
+        groups = ["zarr.json"]
+        if self.store.card.scheme.objects is not None:
+            groups.append("instances/zarr.json")
+        before = {key: (self.path / key).read_bytes() for key in groups}
         after = dict(before)
         for name in self.store.array_shapes:
             # What zarr's resize does, but on the disk before the old file is gone.
