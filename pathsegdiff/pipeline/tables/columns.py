@@ -25,6 +25,10 @@ class Columns:
     plotted: str
     classes: dict[str, str]
 
+    def fits(self, table: PublishedTable) -> bool:
+        """Whether published figures are of the same columns."""
+        return self.classes == table.classes
+
     def figures(self, metrics: dict[str, Any]) -> dict[str, float | None]:
         """By column, from metrics.json; None of a class that neither is there nor predicted."""
         if not self.classes:

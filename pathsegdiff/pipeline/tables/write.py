@@ -39,8 +39,10 @@ def collect(settings: TableSettings) -> tuple[Columns, list[TableRow]]:
         metrics=list(finished.values()),
     )
     known = {row.ours: row for row in table.rows if row.ours is not None}
+    # Single classes of another data set have nothing to stand beside.
+    beside = table.rows if columns.fits(table) else ()
     found = []
-    for published in table.rows:
+    for published in beside:
         if published.ours not in settings.rows or None not in settings.limits:
             found.append(
                 TableRow(
@@ -60,7 +62,7 @@ def collect(settings: TableSettings) -> tuple[Columns, list[TableRow]]:
                 for job in jobs
                 if job in finished
             )
-            printed = known.get(name) if limit is None else None
+            printed = known.get(name) if limit is None and beside else None
             title = known[name].name if name in known else ROWS[name].title
             found.append(
                 TableRow(
@@ -151,7 +153,7 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
         if better:
             by = columns.titles[columns.plotted]
             notes.append(f"Better than PathSegDiff here, by {by}: {', '.join(better)}.")
-    if table.note:
+    if table.note and columns.fits(table):
         notes.append(f"{table.title.split(':', 1)[0]}: {table.note}.")
     notes += [note for row in rows if (note := _objects_note(row))]
     notes += [
@@ -207,11 +209,12 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
     few = settings.limits != (None,)
     other = settings.dataset_name != TABLES[settings.table].dataset
     plotted = columns.titles[columns.plotted]
+    kinds = ("ours", "paper") if columns.fits(TABLES[settings.table]) else ("ours",)
     lines = [
         [
             "row",
             *(["images"] if few else []),
-            *(f"{title} {kind}" for title in columns.titles.values() for kind in ("ours", "paper")),
+            *(f"{title} {kind}" for title in columns.titles.values() for kind in kinds),
             *([] if other else [f"{plotted}, ours less paper"]),
             "mIoU less PathSegDiff's here (paired 95 % interval)",
             f"{plotted}, lowest to highest run",
@@ -228,7 +231,7 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
             theirs = None
             if published is not None and not (published.objects and row.runs):
                 theirs = published.figures.get(column)
-            values += [_number(row.mean(column)), _number(theirs)]
+            values += [_number(row.mean(column)), _number(theirs)][: len(kinds)]
         lines.append(
             [
                 row.title,
