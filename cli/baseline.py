@@ -137,13 +137,14 @@ def baseline(
     if name == "ddpm-seg":
         _refuse_given(
             name,
-            "it reads --features",
+            "it reads --features, in float32",
             {
                 "--dataset": dataset,
                 "--data-root": data_root,
                 "--size": size_px,
                 "--minutes": minutes,
                 "--encoder-weights": encoder_weights,
+                "--precision": None if precision in ("auto", "float32") else precision,
             },
         )
         if not features:
@@ -179,15 +180,16 @@ def baseline(
         opened,
         name,
         minutes=minutes,
-        learning_rate=rates[0] if rates else None,
+        learning_rate=rates[0] if len(rates) == 1 else None,
         encoder_weights=encoder_weights,
         precision=resolve_precision(precision, place),
         **others,
     )
     quiet = _is_quiet(ctx)
-    pilots: dict[str, float] = {}
+    pilots: dict[str, float | None] = {}
     if len(rates) > 1:
-        name_of_all = out or Path("runs") / f"{opened.name}-{name}-lr-chosen"
+        usual = default_baseline_name(opened, settings)
+        name_of_all = out or Path("runs") / f"{usual}-lr-chosen"
         with TrainingProgress("pilot", quiet=quiet) as bar:
             best, pilots = choose_rate(
                 opened, settings, rates, name_of_all, encoder_weights=encoder_weights,

@@ -116,16 +116,19 @@ def repair(store: Path, data_root: Path | None, model: str | None, marks_only: b
     if not damaged:
         click.echo(f"nothing to repair: {store}")
         return
+    # Before a mark is taken away: it must be known how to go on.
+    command = [] if marks_only else _extraction(writer.store, store, data_root, model)
     for sample in damaged.values():
         writer.forget(sample)
         click.echo(f"{sample.sample_id}: will be extracted again")
-    command = _extraction(writer.store, store, data_root, model)
-    click.echo(shlex.join(["psd", *command]))
     if marks_only:
+        click.echo(f"made with: {writer.store.provenance.get('command')}")
         return
+    click.echo(shlex.join(["psd", *command]))
     from cli.main import run
 
-    code = run(command)
+    quiet = ["-q"] if click.get_current_context().find_root().params.get("quiet") else []
+    code = run([*quiet, *command])
     if code:
         click.get_current_context().exit(code)
 
@@ -136,34 +139,27 @@ def _extraction(
     """The arguments of ``psd`` that finish a store: from its recipe, and where things were.
 
     Raises:
-        StoreError: If the store does not record how it was made.
+        StoreError: If the store does not record what it was made from.
     """
-    from cli.extract import extract
     from pathsegdiff.errors import StoreError
 
-    recorded = str(opened.provenance.get("command", ""))
-    try:
-        words = shlex.split(recorded)
-        arguments = words[words.index("extract") + 1 :]
-        with extract.make_context("extract", arguments) as context:
-            was = context.params
-    except (ValueError, click.ClickException, click.exceptions.Exit):
+    was = opened.provenance.get("extraction")
+    if not isinstance(was, dict) or not isinstance(was.get("dataset"), str):
         raise StoreError(
-            f"{store} does not say what it was made with ({recorded[:100]!r}); run its `psd "
+            f"{store} does not say what it was made from; use --marks-only, and run its `psd "
             "extract` again by hand"
-        ) from None
+        )
     recipe = opened.recipe
     command = ["extract", "--dataset", was["dataset"], "--out", str(store)]
-    command += ["--model", model or was["model"], "--t", str(recipe.timestep)]
+    command += ["--model", str(model or was.get("model")), "--t", str(recipe.timestep)]
     command += ["--cond", recipe.conditioning, "--taps", ",".join(recipe.taps)]
     command += ["--dtype", recipe.dtype, "--precision", recipe.precision]
     command += ["--seed", str(recipe.seed), "--layout", recipe.layout]
     command += ["--tokens"] if recipe.tokens else []
-    root = data_root or was["data_root"]
+    root = data_root or was.get("data_root")
     command += [] if root is None else ["--data-root", str(root)]
-    command += [] if was["mpp"] is None else ["--mpp", str(was["mpp"])]
-    splits = {sample.split for sample in opened.registered()}
-    for split in sorted(splits):
+    command += [] if was.get("mpp") is None else ["--mpp", str(was["mpp"])]
+    for split in sorted({sample.split for sample in opened.registered()}):
         command += ["--split", split]
     return command
 

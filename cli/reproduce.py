@@ -281,7 +281,9 @@ def _make(
     from pathsegdiff.pipeline.tables.write import write
 
     chosen = tuple(name.strip() for name in rows.split(","))
-    missing = missing_things(others["dataset"], others["data_root"], others["model"], chosen)
+    missing = []
+    if not table_only:
+        missing = missing_things(others["dataset"], others["data_root"], others["model"], chosen)
     for line in missing:
         click.echo(f"missing: {line}", err=True)
     if missing:
@@ -399,9 +401,10 @@ def _curve(
         name, stores, split=split, folds=folds, seeds=seeds, rates=lr, budget=budget,
         precision=precision, jobs=jobs, out=out,
     )  # fmt: skip
+    quiet = ["-q"] if click.get_current_context().find_root().params.get("quiet") else []
     for command in (extraction, heads):
         click.echo(f"psd {' '.join(command)}")
-        code = run(command)
+        code = run([*quiet, *command])
         if code:
             click.get_current_context().exit(code)
     note = published_note(name)

@@ -29,6 +29,10 @@ class RunError(PathSegDiffError):
     """A run folder is missing, damaged, or its head does not fit what it is asked to read."""
 
 
+class DivergedError(RunError):
+    """The loss of a training is no finite number any more."""
+
+
 class FetchError(PathSegDiffError):
     """A transfer was refused or broke off, a file is not the expected one, an archive is hostile,
     or the disk is too small."""

@@ -136,7 +136,7 @@ def test_the_names_are_those_of_the_networks():
 
 def test_the_best_of_several_rates_on_validation_is_taken(folder, capsys):
     command = ["baseline", "res-unet", "--dataset", "glaslike.toml", "--size", "64"]
-    command += ["--steps", "40", "--batch-size", "2", "--lr", "1e-8,1e-3", "--out", "mine"]
+    command += ["--steps", "10", "--batch-size", "2", "--lr", "1e-8,1e-3", "--out", "mine"]
     assert run(command) == 0
     said = capsys.readouterr().out
     pilots = json.loads((folder / "mine" / "pilots.json").read_text())["validation_miou"]
@@ -146,10 +146,37 @@ def test_the_best_of_several_rates_on_validation_is_taken(folder, capsys):
     assert config["settings"]["learning_rate"] == float(best)
     assert f"learning rate {best}" in said
     pilot = json.loads((folder / "mine-pilot-lr0.001" / "config.json").read_text())
-    assert pilot["settings"]["steps"] == 4
+    assert pilot["settings"]["steps"] == 1
     # Again: nothing is trained anew.
     assert run(command) == 0
-    assert "mine has finished before, after 40 steps" in capsys.readouterr().out
+    assert "mine has finished before, after 10 steps" in capsys.readouterr().out
+
+
+def test_a_rate_that_diverges_is_out(folder, capsys, monkeypatch):
+    from pathsegdiff.pipeline.baselines.train import BaselineTraining
+
+    real = BaselineTraining.loss_of
+
+    def loss_of(self, batch):
+        loss = real(self, batch)
+        return loss * float("nan") if self.settings.learning_rate > 0.01 else loss
+
+    monkeypatch.setattr(BaselineTraining, "loss_of", loss_of)
+    command = ["baseline", "res-unet", "--dataset", "glaslike.toml", "--size", "64"]
+    command += ["--steps", "10", "--batch-size", "2", "--out", "mine", "--lr"]
+    assert run([*command, "1e-3,1"]) == 0
+    pilots = json.loads((folder / "mine" / "pilots.json").read_text())["validation_miou"]
+    assert pilots["1"] is None and pilots["0.001"] >= 0
+    assert "the loss is nan at step 1" in capsys.readouterr().out
+    assert run([*command, "1,2"]) == 1
+    assert "no rate of 1, 2 has a validation score" in capsys.readouterr().err
+
+
+def test_seeds_choose_their_rates_apart(folder):
+    command = ["baseline", "res-unet", "--dataset", "glaslike.toml", *SHORT, "--lr", "1e-3,1e-4"]
+    for seed in ("0", "1"):
+        assert run([*command, "--seed", seed]) == 0
+    assert len(list((folder / "runs").glob("*-lr-chosen-pilot-*"))) == 4
 
 
 def test_rates_cannot_be_chosen_without_validation(folder, capsys):

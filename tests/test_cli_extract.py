@@ -1,12 +1,15 @@
 """``psd extract`` and ``psd cache`` as people type them."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cli.main import run
-from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.features.seal import sealed, unsealed
+from pathsegdiff.features.store import FeatureStore, checksum
 from tests.helpers_stage_one import make_bundle, write_dataset
 
 
@@ -167,7 +170,7 @@ def test_cache_info_verify_repair_and_export(place, capsys, monkeypatch):
     code, out, _ = psd(capsys, "cache", "repair", "s.zarr", "--marks-only")
     assert code == 0
     assert "train_0: will be extracted again" in out
-    assert "psd extract --dataset" in out and "samples written" not in out
+    assert "made with: psd extract --dataset" in out and "samples written" not in out
     assert psd(capsys, *EXTRACT, "--out", "s.zarr")[1].startswith("1 samples written, 1 already")
     assert psd(capsys, "cache", "verify", "s.zarr")[0] == 0
     assert contents("s.zarr") == whole
@@ -181,13 +184,22 @@ def test_cache_info_verify_repair_and_export(place, capsys, monkeypatch):
     assert psd(capsys, "cache", "repair", "s.zarr")[1] == "nothing to repair: s.zarr\n"
 
 
-def test_repair_says_where_it_does_not_know_the_extraction(place, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["psd", "something", "else"])
+def test_repair_takes_no_mark_away_where_it_does_not_know_the_extraction(place, capsys):
     psd(capsys, *EXTRACT, "--out", "s.zarr")
-    (place / "s.zarr" / "label" / "c" / "1" / "0" / "0").unlink()
+    group = json.loads((place / "s.zarr" / "zarr.json").read_text())
+    del group["attributes"]["pathsegdiff"]["provenance"]["extraction"]
+    shutil.rmtree(place / "s.zarr" / "label" / "c" / "1")
+    (place / "s.zarr" / "zarr.json").write_text(json.dumps(group))
+    # As if it had been made so: the table vouches for the group's file.
+    table = unsealed((place / "s.zarr" / "samples.json").read_bytes())
+    content = (place / "s.zarr" / "zarr.json").read_bytes()
+    table["files"]["zarr.json"] = [checksum(content)]
+    (place / "s.zarr" / "samples.json").write_bytes(sealed(table))
     code, _, err = psd(capsys, "cache", "repair", "s.zarr")
     assert code == 1
-    assert "does not say what it was made with ('psd something else')" in err
+    assert "does not say what it was made from; use --marks-only" in err
+    assert len(list((place / "s.zarr" / "marks").iterdir())) == 2
+    assert psd(capsys, "cache", "repair", "s.zarr", "--marks-only")[0] == 0
     assert psd(capsys, *EXTRACT, "--out", "s.zarr")[1].startswith("1 samples written, 1 already")
 
 

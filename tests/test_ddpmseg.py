@@ -93,6 +93,18 @@ def test_features_at_pixels_are_those_of_the_upsampled_maps(stores):
     assert np.abs(found - expected).max() < 2e-3  # float16
 
 
+def test_features_of_a_float32_store_keep_their_numbers(tmp_path):
+    build_store(tmp_path / "a.zarr", train=2, test=1, dtype="float32")
+    stores = open_stores([str(tmp_path / "a.zarr")])
+    reader = PixelReader(stores, pixel_inputs(stores, TAPS))
+    sample = stores[0].samples()[0]
+    rows, columns = np.divmod(np.arange(64 * 64), 64)
+    found = reader.at(sample, rows, columns)
+    expected = dense_pixels(reader, sample).reshape(reader.channels, -1).T
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() < 1e-5
+
+
 def test_channels_are_store_by_store_and_of_the_taps_alone(stores):
     inputs = pixel_inputs(stores, TAPS)
     assert [(part.store, part.stride, part.taps) for part in inputs] == [
@@ -264,6 +276,7 @@ def test_the_command_trains_and_scores(paths, tmp_path, monkeypatch, capsys):
         (["ddpm-seg"], "ddpm-seg needs --features"),
         (["ddpm-seg", "--features", "x", "--dataset", "glas"], "ddpm-seg has no --dataset"),
         (["ddpm-seg", "--features", "x", "--minutes", "3"], "ddpm-seg has no --minutes"),
+        (["ddpm-seg", "--features", "x", "--precision", "bfloat16"], "ddpm-seg has no --precision"),
         (["res-unet", "--dataset", "glas", "--features", "x"], "res-unet has no --features"),
         (["res-unet"], "Missing option '--dataset'"),
     ],

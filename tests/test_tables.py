@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -140,7 +141,6 @@ def test_folds_of_a_seed_are_one_sample_of_images(folder, tmp_path, quick):
         dataset=str(tmp_path / "folded" / "discs.toml"),
         rows=("conditioned", "tokens"),
         folds=(0, 1),
-        seeds=(0, 1),
     )
     make_runs(settings, jobs=1, threads=None, log=lambda line: None)
     found = {row.name: row for row in collect(settings)[1] if row.planned}
@@ -194,6 +194,22 @@ def test_pixel_classifiers_are_a_row_that_reads_three_stores(folder, tmp_path, q
     assert replace(other, rows=("ddpm-seg",)).extractions() == other.extractions()[1:]
 
 
+def test_a_table_of_finished_runs_needs_neither_images_nor_bundle(
+    folder, tmp_path, quick, monkeypatch, capsys
+):
+    data = tmp_path / "data"
+    shutil.copytree(folder / "data", data)
+    command = ["reproduce", "table4", "--dataset", str(data / "discs.toml"), "--seeds", "0"]
+    command += ["--rows", "null", "--jobs", "1", "--out", str(tmp_path / "t"), "--model"]
+    assert run([*command, str(folder / "micro")]) == 0
+    text = (tmp_path / "t" / "table.md").read_text()
+    shutil.rmtree(data / "images")
+    shutil.rmtree(tmp_path / "t" / "features")
+    assert run([*command, "gone", "--table-only"]) == 0
+    assert (tmp_path / "t" / "table.md").read_text() == text
+    assert run([*command, "gone"]) == 1
+
+
 def test_objects_stand_beside_published_objects(folder, tmp_path, quick):
     pytest.importorskip("segmentation_models_pytorch")
     settings = settings_of(folder, tmp_path / "t", rows=("dcan",))
@@ -240,11 +256,11 @@ def test_windows_with_dont_care_and_five_classes_make_tables_2_and_3(
     monkeypatch.chdir(tmp_path)
     common = ["--dataset", str(make_bcss(tmp_path, patch_px=256)), "--seeds", "0", "--jobs", "1"]
     common += ["--model", str(folder / "micro")]
-    assert run(["reproduce", "table2", *common, "--rows", "tokens,null,conditioned"]) == 0
+    assert run(["reproduce", "table2", *common, "--rows", "conditioned"]) == 0
     out = tmp_path / "reproduction"
     text = (out / "table2/table.md").read_text()
     assert text.startswith("# Table 2 on bcsslike, not bcss: a stand-in")
-    assert text.count("| 1 of 1 |") == 3 and text.count("published only") == 2
+    assert text.count("| 1 of 1 |") == 1 and text.count("published only") == 4
     config = json.loads((out / "table2/runs/conditioned-seed0/config.json").read_text())
     assert config["head"]["num_outputs"] == 6
     metrics = json.loads((out / "table2/runs/conditioned-seed0/eval-test/metrics.json").read_text())

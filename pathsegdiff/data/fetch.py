@@ -15,6 +15,7 @@ from pathsegdiff.fetch.download import (
     Remote,
     Report,
     State,
+    bytes_there,
     check_room,
     download,
     list_drive_folder,
@@ -128,7 +129,7 @@ def _fetch_archive(plan: FetchPlan, folder: Path, report: Report) -> list[str]:
 
     remedy = "make room, or choose another --data-root"
     if table.size is not None and not archive.exists():
-        check_room(folder, table.size, remedy)
+        check_room(folder, table.size - bytes_there(archive), remedy)
     new = download(table.remote, archive, on_bytes=on_bytes)
     kind, digits = table.remote.digest
     lines = [f"{table.file_name}: {'whole' if new else 'already there'}, {kind} {digits}"]

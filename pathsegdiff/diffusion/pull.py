@@ -14,6 +14,7 @@ from pathsegdiff.fetch.download import (
     Remote,
     Report,
     State,
+    bytes_there,
     check_room,
     download,
     list_drive_folder,
@@ -269,7 +270,7 @@ def _get_files(plan: PullPlan, folder: Path, report: Report) -> tuple[list[str],
 def _check_room(plan: PullPlan, folder: Path) -> None:
     """All files of a known size together, before the first of them is asked for."""
     sizes = [
-        file.remote.size
+        file.remote.size - bytes_there(folder / file.name)
         for file in plan.source.files
         if file.remote is not None and file.remote.size is not None
         if not (folder / file.name).exists()

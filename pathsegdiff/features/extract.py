@@ -16,6 +16,7 @@ from typing import Any
 
 from pathsegdiff.config import Recipe
 from pathsegdiff.data.manifest import Dataset, Region, Sample
+from pathsegdiff.data.manifest_file import reference
 from pathsegdiff.device import device_name
 from pathsegdiff.diffusion.bundle import Bundle
 from pathsegdiff.errors import DataError, StoreError
@@ -125,7 +126,9 @@ def extract_dataset(
             model=model_facts(bundle, stage_one),
             levels=stage_one.levels,
             tokens=stage_one.tokens_level,
-            provenance=provenance(device=device_name(stage_one.device)),
+            provenance=provenance(
+                device=device_name(stage_one.device), extraction=_sources(dataset, bundle)
+            ),
         )
         writers[view] = writer
         registered = writer.register(rows)
@@ -146,6 +149,17 @@ def extract_dataset(
         )
         for view, path in stores.items()
     ]
+
+
+def _sources(dataset: Dataset, bundle: Bundle) -> dict[str, Any]:
+    """What an extraction reads, for ``psd cache repair``: options of ``psd extract``."""
+    embedded = dataset.manifest.root is not None
+    return {
+        "dataset": reference(dataset.manifest),
+        "data_root": None if embedded else str(dataset.root.absolute()),
+        "model": str(bundle.path.absolute()),
+        "mpp": dataset.rule.mpp,
+    }
 
 
 def plan_extraction(dataset: Dataset, bundle: Bundle, stage_one: StageOne) -> ExtractionPlan:
@@ -254,14 +268,15 @@ class _Extraction:
         self.samples = [sample for sample in dataset.samples if sample.sample_id in wanted]
         self.patches = (dataset.rule.region_px // dataset.rule.patch_px) ** 2
         self.written = dict.fromkeys(writers, 0)
-        self.done = 0
+        self._counted: set[str] = set()
         self._held: set[Claim] = set()
+        self._writing: list[Future[None]] = []
 
     def run(self) -> dict[View, int]:
         """Make every sample that no other process makes; returns how many, by view."""
         writers_at_work = WRITERS[self.stage_one.device.type]
         with ThreadPoolExecutor(writers_at_work, "psd-write") as pool:
-            writing: list[Future[None]] = []
+            writing = self._writing
             claimed = self._claimed()
             try:
                 for claims, region, prepared in self._read_ahead(claimed):
@@ -271,7 +286,7 @@ class _Extraction:
                     writing.append(pool.submit(self._write, claims, region, features))
                     for view in claims.stored:
                         self.written[view] += 1
-                    self._count(1)
+                    self._count(claims.sample)
             finally:
                 # Also after an error or Ctrl-C: what the network has finished reaches the disk.
                 errors = [future.exception() for future in writing]
@@ -297,16 +312,21 @@ class _Extraction:
                 claims = self._claim(sample)
                 if claims is not None:
                     yield claims
-                elif not self._is_complete(sample):
-                    later.append(sample)
-                else:
-                    self._count(1)
+                # Also where another process has the sample in one of the stores.
+                if claims is None or len(claims.stored) < self._lacking(sample):
+                    if self._is_complete(sample):
+                        self._count(sample)
+                    else:
+                        later.append(sample)
             if later:
                 if not told:
                     logger.info("Waiting for %d samples of other processes", len(later))
                     told = True
                 yield None
                 if len(later) == len(remaining):
+                    for future in self._writing:
+                        if future.done():
+                            future.result()  # its error, before a wait that may be long
                     time.sleep(_WAIT_SECONDS)
             remaining = later
 
@@ -328,10 +348,15 @@ class _Extraction:
             if sample.sample_id in self.todo[view]
         )
 
-    def _count(self, samples: int) -> None:
-        self.done += samples
+    def _lacking(self, sample: Sample) -> int:
+        """Stores that did not have the sample when this began."""
+        return sum(sample.sample_id in rows for rows in self.todo.values())
+
+    def _count(self, sample: Sample) -> None:
+        self._counted.add(sample.sample_id)
         if self.progress is not None:
-            self.progress(self.done * self.patches, len(self.samples) * self.patches)
+            done, total = len(self._counted), len(self.samples)
+            self.progress(done * self.patches, total * self.patches)
 
     def _read_ahead(
         self, claimed: Iterator["_Claims | None"]
@@ -356,6 +381,17 @@ class _Extraction:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _write(self, claims: "_Claims", region: Region, features: RegionFeatures) -> None:
+        try:
+            self._write_all(claims, region, features)
+        except BaseException:
+            # Nobody must wait for what this process will not make.
+            for claim in claims.claims.values():
+                if claim in self._held:
+                    claim.release(finished=False)
+                    self._held.discard(claim)
+            raise
+
+    def _write_all(self, claims: "_Claims", region: Region, features: RegionFeatures) -> None:
         for view, sample in claims.stored.items():
             levels = dict(features.levels[view])
             if features.tokens is not None:

@@ -195,6 +195,8 @@ class FeatureStore:
         # Marks first: a writer lists a sample before it marks it, so no mark can be without a row.
         self._complete = self._read_complete()
         self._samples, self._metadata = self._read_table()
+        self._arrays.clear()  # they may have grown
+        self._formats.clear()
         if self._complete and max(self._complete) >= len(self._samples):
             raise StoreError(
                 f"{self.path}: {SAMPLES_KEY} lists {len(self._samples)} samples, but number "

@@ -266,6 +266,16 @@ def _arrived(unchecked: Path) -> int:
     return sum(path.stat().st_size for path in _parts(unchecked))
 
 
+def bytes_there(target: Path) -> int:
+    """Of a target, whole or as far as earlier calls got it."""
+    if target.exists():
+        return target.stat().st_size
+    unchecked = target.with_name(f"{target.name}.unchecked")
+    if unchecked.exists():
+        return unchecked.stat().st_size
+    return _arrived(unchecked) if target.parent.is_dir() else 0
+
+
 def _tidy_parts(remote: Remote, unchecked: Path) -> None:
     """Keep one part at most, and none that is whole: no server can continue such a one."""
     parts = sorted(_parts(unchecked), key=lambda path: path.stat().st_size)

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -26,7 +27,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from pathsegdiff.device import device_name
-from pathsegdiff.errors import RunError
+from pathsegdiff.errors import DivergedError, RunError
 from pathsegdiff.files import replace_file
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.segmentation.runs import (
@@ -259,7 +260,7 @@ class TrainingLoop(ABC, Generic[Batch]):
         loss = self.loss_of(batch)
         value = loss.item()
         if not math.isfinite(value):
-            raise RunError(self._diverged(value))
+            raise DivergedError(self._diverged(value))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -497,8 +498,12 @@ def only_trainer(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; choose another --out")
     if out.is_dir() and not (out / CONFIG_FILE).exists():
+        # A kill while the first file was written leaves its beginning.
+        begun = re.compile(rf"\.{re.escape(CONFIG_FILE)}\.\d+\.new")
         others = [
-            path.name for path in out.iterdir() if path.name not in (".lock", f".{CONFIG_FILE}.new")
+            path.name
+            for path in out.iterdir()
+            if path.name != ".lock" and not begun.fullmatch(path.name)
         ]
         if others:
             raise RunError(

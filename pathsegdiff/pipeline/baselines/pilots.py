@@ -1,5 +1,6 @@
 """The learning rate of a baseline, chosen on the validation part by short trainings."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pathsegdiff.data.manifest import Dataset
-from pathsegdiff.errors import RunError
+from pathsegdiff.errors import DivergedError, RunError
 from pathsegdiff.pipeline.baselines.baseline import Baseline
 from pathsegdiff.pipeline.baselines.runs import BaselineSettings
 from pathsegdiff.segmentation.loop import Progress, quality
@@ -29,8 +30,10 @@ def choose_rate(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     log: Callable[[str], None] = lambda line: None,
-) -> tuple[float, dict[str, float]]:
+) -> tuple[float, dict[str, float | None]]:
     """Train a tenth of the length with each rate; the best on validation wins, of equals the lower.
+
+    A rate at which the loss diverges is out.
 
     Each is a run of its own beside ``out`` (OUT-pilot-lrRATE), which is resumed or taken as it is.
 
@@ -42,10 +45,10 @@ def choose_rate(
         log: Called with a line for each.
 
     Returns:
-        The rate, and the validation mIoU of each by its name.
+        The rate, and the validation mIoU of each by its name, None where it diverged.
 
     Raises:
-        RunError: If there is no validation part, or a training fails.
+        RunError: If there is no validation part, a training fails, or all diverge.
     """
     found: dict[float, float] = {}
     for rate in sorted(set(rates)):
@@ -63,13 +66,22 @@ def choose_rate(
                 "give one rate, or a validation part"
             )
         folder = out.with_name(f"{out.name}-pilot-lr{rate:g}")
-        result = made.train(folder, device=device, progress=progress)
+        try:
+            result = made.train(folder, device=device, progress=progress)
+        except DivergedError as error:
+            found[rate] = -math.inf
+            log(str(error))
+            continue
         found[rate] = quality(result.kept)
         log(f"{folder}: {result.steps} steps, validation mIoU {found[rate]:.4f}")
     best = max(found, key=lambda rate: (found[rate], -rate))
-    return best, {f"{rate:g}": miou for rate, miou in found.items()}
+    if found[best] == -math.inf:
+        raise RunError(f"no rate of {', '.join(map('{:g}'.format, found))} has a validation score")
+    return best, {
+        f"{rate:g}": miou if math.isfinite(miou) else None for rate, miou in found.items()
+    }
 
 
-def write_pilots(out: Path, found: dict[str, float]) -> None:
+def write_pilots(out: Path, found: dict[str, float | None]) -> None:
     """Leave the validation mIoU of each rate in the run's folder."""
     write_json(out / PILOTS_FILE, {"validation_miou": found})

@@ -123,9 +123,10 @@ class PixelReader:
             rows, columns: (N,) of pixels.
 
         Returns:
-            (N, C) float16: what a store of float16 holds is a weighted mean of four such numbers.
+            (N, C) float16 of stores of float16, else float32.
         """
-        found = np.empty((len(rows), self.channels), np.float16)
+        half = self.stores[0].recipe.dtype.startswith("float16")
+        found = np.empty((len(rows), self.channels), np.float16 if half else np.float32)
         patch_px = self.stores[0].patch_px
         offset = 0
         for part, features in zip(self.inputs, self.maps(sample), strict=True):
@@ -177,7 +178,7 @@ def draw_pixels(
         progress: Called with the samples that were read so far.
 
     Returns:
-        (N, C) float16 features and (N,) uint8 labels.
+        (N, C) features, float16 or float32 as ``PixelReader.at``, and (N,) uint8 labels.
     """
     each = max(1, count // len(samples))
     features, labels = [], []

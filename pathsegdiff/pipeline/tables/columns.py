@@ -1,6 +1,7 @@
 """What the columns of a table are, and how a run's metrics fill them."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +56,10 @@ def columns_of(
         return Columns(titles=dict(COLUMNS), plotted="miou", classes={})
     classes = table.classes
     if not same_dataset:
-        found = metrics[0]["per_class"] if metrics else []
-        frequent = sorted(found, key=lambda one: -one["pixels"])[:_TOP_CLASSES]
-        classes = {one["name"]: one["name"] for one in frequent}
+        pixels: Counter[str] = Counter()
+        for found in metrics:
+            pixels.update({one["name"]: one["pixels"] for one in found["per_class"]})
+        classes = {name: name for name, _ in pixels.most_common(_TOP_CLASSES)}
     titles = {column: f"IoU {column}" for column in classes}
     mean = f"mIoU of {len(classes)}" if classes else "mIoU"
     return Columns(titles={**titles, MEAN: mean}, plotted=MEAN, classes=dict(classes))

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pathsegdiff.data.manifest import open_dataset
+from pathsegdiff.data.manifest import load_manifest, open_dataset
 from pathsegdiff.diffusion.bundle import init_bundle, load_bundle, read_card, resolve_bundle
 from pathsegdiff.errors import BundleError, DataError, RunError
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
@@ -125,19 +125,25 @@ def plan_table(
         DataError, BundleError, ConfigError: If data set, model or a setting cannot be.
         RunError: If the folder holds a table that was made with other settings.
     """
-    opened = open_dataset(dataset, data_root=data_root)
+    manifest = load_manifest(dataset)
     check_rows(rows)
     name = preset = "none"
     if any(ROWS[row].store is not None for row in rows):
-        card = read_card(resolve_bundle(model))
-        name, preset = card.name, _PRESETS.get(card.num_channels, "none")
+        try:
+            card = read_card(resolve_bundle(model))
+            name, preset = card.name, _PRESETS.get(card.num_channels, "none")
+        except BundleError:  # a table of finished runs needs no bundle
+            known = _known_signature(others.get("work") or others["out"])
+            if known is None:
+                raise
+            name = str(known.get("--model"))
     settings = TableSettings(
         table=table,
         dataset=dataset,
-        dataset_name=opened.name,
+        dataset_name=manifest.name,
         data_root=data_root,
-        train_split=opened.manifest.default_train,
-        eval_split=eval_split or opened.manifest.default_eval,
+        train_split=manifest.default_train,
+        eval_split=eval_split or manifest.default_eval,
         model=model,
         model_name=name,
         random=random or Path("models") / f"{preset}-random",

@@ -135,7 +135,8 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
     if settings.folds:
         notes.append(
             f"Ours are of the held-out folds {', '.join(map(str, settings.folds))}, the published "
-            "ones of the official split."
+            "ones of the official split; figures are the mean over the folds, intervals and paired "
+            "differences of all folds' images together."
         )
     incomplete = [row.title for row in rows if len(row.runs) < row.planned]
     if incomplete:
@@ -255,6 +256,8 @@ def _less_ours(row: TableRow, ours: TableRow | None) -> str:
     """Of the first seed's runs, image by image."""
     if ours is None or row is ours or row.limit is not None or not row.runs or not ours.runs:
         return ""
+    if row.runs[0]["seed"] != ours.runs[0]["seed"]:
+        return "other seeds"
     try:
         found = compare(_scored(row), _scored(ours)).differences[_COMPARED]
     except RunError as error:
