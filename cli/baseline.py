@@ -10,6 +10,7 @@ from cli.options import (
     PATH,
     data_root_option,
     device_option,
+    is_quiet,
     parts_options,
     precision_option,
     seed_option,
@@ -185,7 +186,7 @@ def baseline(
         precision=resolve_precision(precision, place),
         **others,
     )
-    quiet = _is_quiet(ctx)
+    quiet = is_quiet(ctx)
     pilots: dict[str, float | None] = {}
     if len(rates) > 1:
         usual = default_baseline_name(opened, settings)
@@ -234,7 +235,7 @@ def _train_ensemble(
         f"channels, {len(made.parts.train)} images of {made.card.name} train and "
         f"{len(made.parts.val)} validate, batches of {made.settings.batch_size} pixels"
     )
-    _train_and_score(made, out, place, quiet=_is_quiet(ctx))
+    _train_and_score(made, out, place, quiet=is_quiet(ctx))
 
 
 def _train_and_score(
@@ -255,10 +256,6 @@ def _train_and_score(
     with Progress("eval", "images", quiet=quiet) as progress:
         found = made.evaluate(out, device=place, progress=progress)
     show_evaluation(found)
-
-
-def _is_quiet(ctx: click.Context) -> bool:
-    return bool(ctx.parent and ctx.parent.params.get("quiet"))
 
 
 def _refuse_given(name: str, reason: str, options: dict[str, Any]) -> None:

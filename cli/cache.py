@@ -99,7 +99,10 @@ def verify(store: Path) -> None:
 @click.option(
     "--marks-only", is_flag=True, help="Take the marks of damaged samples away, extract nothing."
 )
-def repair(store: Path, data_root: Path | None, model: str | None, marks_only: bool) -> None:
+@click.pass_context
+def repair(
+    ctx: click.Context, store: Path, data_root: Path | None, model: str | None, marks_only: bool
+) -> None:
     """Extract damaged samples again, with the store's own settings; the others are left alone.
 
     \b
@@ -107,6 +110,7 @@ def repair(store: Path, data_root: Path | None, model: str | None, marks_only: b
       psd cache repair features/demo-tiny-t50.zarr
       psd cache repair features/glas-tiny-t50.zarr --data-root /new/place/GlaS
     """
+    from cli.main import run_within
     from pathsegdiff.features.verify import verify_store
     from pathsegdiff.features.writer import open_existing
 
@@ -125,12 +129,7 @@ def repair(store: Path, data_root: Path | None, model: str | None, marks_only: b
         click.echo(f"made with: {writer.store.provenance.get('command')}")
         return
     click.echo(shlex.join(["psd", *command]))
-    from cli.main import run
-
-    quiet = ["-q"] if click.get_current_context().find_root().params.get("quiet") else []
-    code = run([*quiet, *command])
-    if code:
-        click.get_current_context().exit(code)
+    run_within(ctx, command)
 
 
 def _extraction(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.fetch import accept_option, fetch_data
-from cli.options import PATH, data_root_option
+from cli.options import PATH, data_root_option, is_quiet
 
 if TYPE_CHECKING:  # heavy imports stay inside the commands
     from pathsegdiff.data.check import CheckReport
@@ -95,7 +95,7 @@ def fetch(ctx: click.Context, name: str, data_root: Path | None, accept_licence:
       psd data fetch glas
       psd data fetch bcss --data-root ~/bcss --accept-licence
     """
-    quiet = bool(ctx.find_root().params.get("quiet"))
+    quiet = is_quiet(ctx)
     if not fetch_data(name, data_root, accept_licence, quiet):
         raise click.exceptions.Exit(1)
 
@@ -119,7 +119,7 @@ def check(ctx: click.Context, name: str, data_root: Path | None, splits: tuple[s
     from cli.progress import Progress
     from pathsegdiff.data.check import check_dataset
 
-    quiet = bool(ctx.find_root().params.get("quiet"))
+    quiet = is_quiet(ctx)
     with Progress("check", "images", quiet=quiet) as progress:
         report = check_dataset(name, data_root=data_root, splits=splits, progress=progress)
     show_report(report)
@@ -175,7 +175,7 @@ def init(
     if resize and window_px is not None:
         raise click.UsageError("--resize and --window exclude each other")
     kind = "resize" if resize else "window" if window_px is not None else None
-    quiet = bool(ctx.find_root().params.get("quiet"))
+    quiet = is_quiet(ctx)
     with Progress("look", "images", quiet=quiet) as progress:
         result = init_manifest(
             images,

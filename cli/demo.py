@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cli.options import PATH, device_option, seed_option
+from cli.options import PATH, device_option, is_quiet, seed_option
 
 
 @click.command()
@@ -31,7 +31,7 @@ def demo(ctx: click.Context, out: Path, model: str, device: str, seed: int) -> N
     from cli.progress import Progress, TrainingProgress, duration
     from pathsegdiff.pipeline.demo import run_demo
 
-    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    quiet = is_quiet(ctx)
     training = TrainingProgress(quiet=quiet)
     with Progress("extract", "patches", quiet=quiet) as extracting, training:
         result = run_demo(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.options import PATH, device_option
+from cli.options import PATH, device_option, is_quiet
 from cli.results import show_evaluation
 
 
@@ -51,7 +51,7 @@ def evaluate(
                 "say where it is with --features"
             )
     store = FeatureStore.open(features)
-    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    quiet = is_quiet(ctx)
     with Progress("eval", "images", quiet=quiet) as progress:
         found = evaluate_run(run, store, split=split, out=out, progress=progress)
     show_evaluation(found)

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import PATH, data_root_option, device_option, precision_option, seed_option
+from cli.options import (
+    PATH,
+    data_root_option,
+    device_option,
+    is_quiet,
+    precision_option,
+    seed_option,
+)
 
 if TYPE_CHECKING:
     from pathsegdiff.features.stage_one import View
@@ -133,7 +140,7 @@ def extract(
         )
         return
     stores = _stores(views, out, opened.name, bundle.card.name)
-    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    quiet = is_quiet(ctx)
     with Progress("extract", "patches", quiet=quiet) as progress:
         results = extract_dataset(opened, bundle, stage_one, stores, progress=progress)
     for result in results:

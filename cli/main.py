@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import click
 
+from cli.options import is_quiet
 from pathsegdiff import __version__
 from pathsegdiff.device import keep_freed_memory, wait_without_spinning
 from pathsegdiff.errors import PathSegDiffError
@@ -103,6 +104,13 @@ def psd(verbose: int, quiet: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``psd`` and leave with its exit code: 0, 1 (user's error), 2 (usage), 130 (Ctrl-C)."""
     sys.exit(run(arguments))
+
+
+def run_within(ctx: click.Context, arguments: Sequence[str]) -> None:
+    """Run another command of ``psd`` from within one, as quietly; end with its code if it fails."""
+    code = run([*(["-q"] if is_quiet(ctx) else []), *arguments])
+    if code:
+        ctx.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

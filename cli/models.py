@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.fetch import OUT_OPTION, accept_option, pull
-from cli.options import PATH, seed_option
+from cli.options import PATH, is_quiet, seed_option
 
 if TYPE_CHECKING:
     from pathsegdiff.diffusion.bundle import Bundle
@@ -105,7 +105,7 @@ def pull_model(ctx: click.Context, name: str, out: Path | None, accept_licence: 
       psd models pull ssl-ldm-brca
       psd models pull hipt --out weights/hipt --accept-licence
     """
-    pull(name, out, accept_licence, bool(ctx.find_root().params.get("quiet")))
+    pull(name, out, accept_licence, is_quiet(ctx))
 
 
 @models.command()

@@ -58,6 +58,11 @@ def precision_option(command: Command) -> Command:
     )(command)
 
 
+def is_quiet(ctx: click.Context) -> bool:
+    """Whether ``psd -q`` was asked for; of a command in a group too."""
+    return bool(ctx.find_root().params.get("quiet"))
+
+
 def decorated(options: Sequence[Decorator]) -> Decorator:
     """One decorator for several options, which help lists in this order."""
 

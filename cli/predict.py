@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.options import PATH, device_option
+from cli.options import PATH, device_option, is_quiet
 
 
 @click.command()
@@ -45,7 +45,7 @@ def predict(
 
     run = load_run(run_path, resolve_device(device))
     bundle = bundle_of_run(run, model)
-    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    quiet = is_quiet(ctx)
     with Progress("predict", "windows", quiet=quiet) as progress:
         found = predict_files(
             run, bundle, images, out, mpp=mpp, batch_size=batch_size, progress=progress

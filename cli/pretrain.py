@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import PATH, device_option, precision_option, seed_option
+from cli.options import PATH, device_option, is_quiet, precision_option, seed_option
 
 if TYPE_CHECKING:
     from pathsegdiff.diffusion.pretrain.loop import PretrainProgress
@@ -115,7 +115,7 @@ def pretrain(
         plan = plan.with_dino_encoder()
     pool = open_pool(sources, data_root=data_root, seed=seed)
     training = Pretraining(plan, pool, work, resolve_device(device), seed)
-    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    quiet = is_quiet(ctx)
     options = LoopOptions(stop_at=until)
     for each in PARTS if part == "all" else (part,):
         with Progress(f"pretrain {each}", "steps", quiet=quiet) as bar:

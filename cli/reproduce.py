@@ -374,7 +374,7 @@ def _curve(
     lr: str | None = None,
 ) -> None:
     """Extract what is not cached, then compare heads, both by a user's commands."""
-    from cli.main import run
+    from cli.main import run_within
     from pathsegdiff.data.manifest import open_dataset
     from pathsegdiff.diffusion.bundle import read_card, resolve_bundle
     from pathsegdiff.pipeline.tables.curves import (
@@ -401,12 +401,9 @@ def _curve(
         name, stores, split=split, folds=folds, seeds=seeds, rates=lr, budget=budget,
         precision=precision, jobs=jobs, out=out,
     )  # fmt: skip
-    quiet = ["-q"] if click.get_current_context().find_root().params.get("quiet") else []
     for command in (extraction, heads):
         click.echo(f"psd {' '.join(command)}")
-        code = run([*quiet, *command])
-        if code:
-            click.get_current_context().exit(code)
+        run_within(click.get_current_context(), command)
     note = published_note(name)
     if note:
         click.echo(note)

@@ -11,6 +11,7 @@ from cli.options import (
     device_option,
     head_training_options,
     head_training_settings,
+    is_quiet,
     precision_option,
 )
 
@@ -140,7 +141,7 @@ def sweep(
         **chosen,
     )
     click.echo(f"{out}: {len(planned)} heads, {processes} at a time")
-    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    quiet = is_quiet(ctx)
     outcomes: list[Outcome] = []
     with Progress("sweep", "heads", quiet=quiet) as bar:
 

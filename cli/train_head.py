@@ -10,6 +10,7 @@ from cli.options import (
     device_option,
     head_training_options,
     head_training_settings,
+    is_quiet,
     parts_options,
     precision_option,
     seed_option,
@@ -97,7 +98,7 @@ def train_head(
     for note in random_weights_note(store.model):
         click.echo(f"note: {note}", err=True)
     click.echo(f"{out}: {_describe(settings, store.region_px)}")
-    quiet = bool(ctx.parent and ctx.parent.params.get("quiet"))
+    quiet = is_quiet(ctx)
     with TrainingProgress(quiet=quiet) as bar:
         result = train.train_head(store, out, settings, device=place, progress=bar.show)
     if not result.steps_done_now:

@@ -45,6 +45,7 @@ from pathsegdiff.grid import patchwise_matrix
 FORMAT = 2
 ATTRIBUTE = "pathsegdiff"
 SAMPLES_KEY = "samples.json"
+MARKS_FOLDER = "marks"
 #: A table of samples above this is refused before it is read.
 _MAX_JSON_BYTES = 1 << 28
 #: (bytes, CRC-32) of a file.
@@ -588,7 +589,7 @@ class FeatureStore:
 
     def _read_complete(self) -> set[int]:
         async def names() -> list[str]:
-            return [name async for name in self._group.store.list_dir(self._key("marks"))]
+            return [name async for name in self._group.store.list_dir(self._key(MARKS_FOLDER))]
 
         stems = (name.removesuffix(".json") for name in sync(names()) if name.endswith(".json"))
         return {int(stem) for stem in stems if stem.isdigit()}
@@ -643,7 +644,7 @@ def checksum(content: bytes | bytearray | None) -> Checksum | None:
 
 def mark_key(index: int) -> str:
     """Where the completion mark of a sample lies."""
-    return f"marks/{index:08d}.json"
+    return f"{MARKS_FOLDER}/{index:08d}.json"
 
 
 def row_key(name: str, index: int, dimensions: int) -> str:

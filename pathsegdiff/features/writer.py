@@ -34,6 +34,7 @@ from pathsegdiff.features.shards import ZSTD_LEVEL, ShardFormat, encode_shard
 from pathsegdiff.features.store import (
     ATTRIBUTE,
     FORMAT,
+    MARKS_FOLDER,
     SAMPLES_KEY,
     DatasetCard,
     FeatureStore,
@@ -186,8 +187,10 @@ class StoreWriter:
         Returns:
             None where another process has it, or the sample is complete.
         """
+        if self.is_marked(sample):
+            return None
         claim = Claim(self.path, sample.index)
-        if self.is_marked(sample) or not claim.take():
+        if not claim.take():
             return None
         if self.is_marked(sample):  # by the one who had the claim until now
             claim.release(finished=True)
@@ -360,7 +363,7 @@ def _create(
     Raises:
         StoreError: If there are finished samples of a store whose attributes are gone.
     """
-    finished = len(list(path.glob(mark_key(0).replace("00000000", "*"))))
+    finished = len(list(path.glob(f"{MARKS_FOLDER}/*.json")))
     if finished:
         raise StoreError(
             f"{path}: its zarr.json is missing, but {finished} samples are complete; put the file "

@@ -29,7 +29,6 @@ RETRIES = 3
 TIMEOUT_S = 30
 #: Seconds before a second try to continue a transfer.
 _PAUSE_S = 1.0
-_BLOCK = 1 << 20
 #: An announcement below this is let through: its content says best what it is.
 _SMALL = 1 << 20
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -475,6 +474,4 @@ def _hash(path: Path, kind: str) -> str:
     if hasher is None:
         return ""
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, lambda: hasher).hexdigest()

@@ -22,12 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from pathsegdiff.device import device_name
 from pathsegdiff.errors import DivergedError, RunError
+from pathsegdiff.evaluation.confusion import scores
 from pathsegdiff.files import replace_file
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.segmentation.runs import (
@@ -453,6 +455,16 @@ def folder_name(name: str, settings: dict[str, Any], usual: dict[str, Any]) -> s
             continue
         name += f"-{_SHORT_NAMES.get(field_name, field_name)}-{'none' if value is None else value}"
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+
+
+def validation_scores(confusion: np.ndarray) -> Row:
+    """What a validation says of pooled (K, K) counts."""
+    pooled = scores(confusion)
+    return {
+        "val_miou": pooled.miou,
+        "val_dice": pooled.dice,
+        "val_accuracy": pooled.accuracy,
+    }
 
 
 def quality(row: Row) -> float:

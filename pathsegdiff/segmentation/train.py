@@ -20,7 +20,7 @@ from pathsegdiff.config import content_hash, order_head_inputs
 from pathsegdiff.data.labels import LabelScheme
 from pathsegdiff.device import autocast, device_name
 from pathsegdiff.errors import RunError
-from pathsegdiff.evaluation.confusion import confusion_matrix, scores
+from pathsegdiff.evaluation.confusion import confusion_matrix
 from pathsegdiff.features.store import FeatureStore, StoredSample
 from pathsegdiff.interrupt import Interrupt
 from pathsegdiff.provenance import provenance
@@ -34,6 +34,7 @@ from pathsegdiff.segmentation.loop import (
     folder_name,
     only_trainer,
     refuse_differences,
+    validation_scores,
 )
 from pathsegdiff.segmentation.losses import (
     class_weights,
@@ -376,13 +377,8 @@ class _Training(TrainingLoop[FeatureBatch]):
             total, weight = total + part.item(), weight + part_weight.item()
             predicted = predict_labels(logits, num_classes)[0].cpu().numpy()
             confusion += confusion_matrix(batch.labels[0].numpy(), predicted, num_classes)
-        pooled = scores(confusion)
-        return {
-            "val_loss": total / weight if weight else math.nan,
-            "val_miou": pooled.miou,
-            "val_dice": pooled.dice,
-            "val_accuracy": pooled.accuracy,
-        }
+        loss = total / weight if weight else math.nan
+        return {"val_loss": loss, **validation_scores(confusion)}
 
     def keep(self, metadata: dict[str, str]) -> None:
         """The head file."""

@@ -10,7 +10,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from pathsegdiff.evaluation.objects import DISK
-from pathsegdiff.pipeline.baselines.fcn8s import bilinear_upsampling, zero_scores
+from pathsegdiff.pipeline.baselines.fcn8s import bilinear_upsampling, pool_maps, zero_scores
 
 #: Channels of the last three pools, and how far each is upsampled.
 _POOLED = ((256, 8), (512, 16), (512, 32))
@@ -46,13 +46,8 @@ class DCAN(nn.Module):
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """What each of the three pools says alone, (B, K + 2, S, S) each."""
-        pools = []
-        x = images
-        for layer in self.features:
-            x = layer(x)
-            if isinstance(layer, nn.MaxPool2d):
-                pools.append(x)
-        paths = zip(self.scores, self.ups, pools[-len(_POOLED) :], strict=True)
+        pools = pool_maps(self.features, images)[-len(_POOLED) :]
+        paths = zip(self.scores, self.ups, pools, strict=True)
         return [up(score(pool)) for score, up, pool in paths]
 
 

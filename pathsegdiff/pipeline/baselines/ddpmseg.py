@@ -23,7 +23,7 @@ from torch import Tensor
 from pathsegdiff.config import order_taps
 from pathsegdiff.device import device_name
 from pathsegdiff.errors import RunError
-from pathsegdiff.evaluation.confusion import confusion_matrix, scores
+from pathsegdiff.evaluation.confusion import confusion_matrix
 from pathsegdiff.features.store import FeatureStore, StoredSample
 from pathsegdiff.interrupt import Interrupt
 from pathsegdiff.pipeline.baselines.ensemble import PixelEnsemble, PixelInput
@@ -44,6 +44,7 @@ from pathsegdiff.segmentation.loop import (
     folder_name,
     only_trainer,
     refuse_differences,
+    validation_scores,
 )
 from pathsegdiff.segmentation.losses import weighted_cross_entropy
 from pathsegdiff.segmentation.passes import class_pixel_counts
@@ -418,12 +419,7 @@ class _Training(TrainingLoop[tuple[Tensor, Tensor]]):
         for found in segmenter.predictions(self.made.parts.val):
             interrupt.raise_if_requested()
             confusion += confusion_matrix(found.target, found.labels, num_classes)
-        pooled = scores(confusion)
-        return {
-            "val_miou": pooled.miou,
-            "val_dice": pooled.dice,
-            "val_accuracy": pooled.accuracy,
-        }
+        return validation_scores(confusion)
 
     def keep(self, metadata: dict[str, str]) -> None:
         save_weights(self.out / NETWORK_FILE, self.network, metadata)

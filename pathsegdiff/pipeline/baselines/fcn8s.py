@@ -43,18 +43,24 @@ class FCN8s(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) to (B, K, S, S) logits."""
-        pools = []
-        x = images
-        for layer in self.features:
-            x = layer(x)
-            if isinstance(layer, nn.MaxPool2d):
-                pools.append(x)
-        x = F.relu(self.fully_6(x), inplace=True)
+        pools = pool_maps(self.features, images)
+        x = F.relu(self.fully_6(pools[4]), inplace=True)
         x = F.relu(self.fully_7(x), inplace=True)
         scores = self.up_16(self.score_32(x)) + self.score_16(pools[3])
         scores = self.up_8(scores) + self.score_8(pools[2])
         upsampled: Tensor = self.up_1(scores)
         return upsampled
+
+
+def pool_maps(features: nn.Sequential, images: Tensor) -> list[Tensor]:
+    """What each pool of VGG16 gives, (B, C, S / 2, S / 2) first."""
+    pools = []
+    x = images
+    for layer in features:
+        x = layer(x)
+        if isinstance(layer, nn.MaxPool2d):
+            pools.append(x)
+    return pools
 
 
 def zero_scores(layer: nn.Conv2d) -> nn.Conv2d:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pathsegdiff.device import autocast
-from pathsegdiff.evaluation.confusion import confusion_matrix, scores
+from pathsegdiff.evaluation.confusion import confusion_matrix
 from pathsegdiff.interrupt import Interrupt
 from pathsegdiff.pipeline.baselines.dcan import DCAN
 from pathsegdiff.pipeline.baselines.images import ImageBatch, Picture, to_tensor, training_batch
@@ -29,7 +29,7 @@ from pathsegdiff.pipeline.baselines.runs import (
     WEIGHT_DECAY,
     BaselineSettings,
 )
-from pathsegdiff.segmentation.loop import Progress, Row, TrainingLoop
+from pathsegdiff.segmentation.loop import Progress, Row, TrainingLoop, validation_scores
 from pathsegdiff.segmentation.losses import (
     cross_entropy_sums,
     predict_labels,
@@ -108,17 +108,16 @@ class BaselineTraining(TrainingLoop[ImageBatch]):
 
         Chen et al. lower the weight of the levels tenfold in steps; here it falls linearly to 0.
         """
-        assert isinstance(self.network, DCAN) and self.contour_weights is not None
+        edge_weights = self.contour_weights
+        assert isinstance(self.network, DCAN) and edge_weights is not None
         num_classes = len(self.weights)
         with autocast(self.device, self.precision):
             levels = self.network.levels(images)
 
         def entropies(logits: Tensor) -> Tensor:
             objects, edges = logits[:, :num_classes], logits[:, num_classes:]
-            assert self.contour_weights is not None
-            return weighted_cross_entropy(objects, labels, self.weights) + weighted_cross_entropy(
-                edges, contours, self.contour_weights
-            )
+            of_classes = weighted_cross_entropy(objects, labels, self.weights)
+            return of_classes + weighted_cross_entropy(edges, contours, edge_weights)
 
         whole = torch.stack([level.float() for level in levels]).sum(dim=0)
         loss = entropies(whole)
@@ -180,13 +179,8 @@ class BaselineTraining(TrainingLoop[ImageBatch]):
             dice += soft_dice_sums(logits, labels, num_classes).cpu()
             predicted = predict_labels(logits, num_classes)[0].cpu().numpy()
             confusion += confusion_matrix(picture.label, predicted, num_classes)
-        pooled = scores(confusion)
-        return {
-            "val_loss": total / weight + soft_dice_loss(dice).item() if weight else math.nan,
-            "val_miou": pooled.miou,
-            "val_dice": pooled.dice,
-            "val_accuracy": pooled.accuracy,
-        }
+        loss = total / weight + soft_dice_loss(dice).item() if weight else math.nan
+        return {"val_loss": loss, **validation_scores(confusion)}
 
     def keep(self, metadata: dict[str, str]) -> None:
         """The network's file."""
