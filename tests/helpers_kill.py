@@ -3,9 +3,11 @@
     python -m tests.helpers_kill AT ARGUMENTS...
 
 The AT-th write, sync or rename (from 1) is not done, of a write only half, and SIGKILL follows;
-with 0 all are done, and their number is the last line of stdout. Steps of a training count as well.
+with 0 all are done. Steps of a training count as well. The last line of stdout is JSON: how many
+such moments there were, and how many steps of a training were begun.
 """
 
+import json
 import os
 import signal
 import sys
@@ -18,14 +20,19 @@ class Moments:
     """Counts what changes the disk."""
 
     def __init__(self, at: int) -> None:
-        self.at, self.count = at, 0
+        self.at, self.count, self.steps = at, 0, 0
 
     def passed(self, half: Callable[[], Any] = lambda: None) -> None:
         """One more; the last thing that is done is ``half``."""
         self.count += 1
         if self.count == self.at:
             half()
+            self.tell()
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def tell(self) -> None:
+        """Print what was counted."""
+        print(json.dumps({"moments": self.count, "steps": self.steps}), flush=True)
 
     def watch(self, owner: Any, name: str) -> None:
         """Let a function of a module or class count before it runs."""
@@ -33,6 +40,7 @@ class Moments:
 
         def counted(*arguments: Any, **options: Any) -> Any:
             self.passed()
+            self.steps += name == "_train_step"
             return real(*arguments, **options)
 
         setattr(owner, name, counted)
@@ -55,6 +63,17 @@ def main() -> None:
     from cli.main import run
     from pathsegdiff.segmentation.loop import TrainingLoop
 
+    if "pretrain" in sys.argv:
+        from pathsegdiff.diffusion.pretrain import loop
+
+        moments.watch(loop.TrainingLoop, "_train_step")
+        real = loop.TrainingLoop.run
+
+        def run_with_checkpoints(self: Any, **options: Any) -> bool:
+            """One after every step: some are half-written when the end comes."""
+            return real(self, **{**options, "checkpoint_seconds": 0.0})
+
+        loop.TrainingLoop.run = run_with_checkpoints  # type: ignore[method-assign]
     moments.watch_writes()
     moments.watch(os, "fsync")
     moments.watch(Path, "replace")
@@ -62,7 +81,7 @@ def main() -> None:
     moments.watch(TrainingLoop, "_train_step")
     sys.argv = ["psd", *sys.argv[2:]]
     code = run(sys.argv[1:])
-    print(moments.count)
+    moments.tell()
     sys.exit(code)
 
 

@@ -67,23 +67,23 @@ def values_of(store):
 
 
 def killed_at(moment, *arguments):
-    """Run psd in a process of its own and kill it; its exit code and the last line it said."""
+    """Run psd in a process of its own and kill it; its exit code, and what it had counted."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.helpers_kill", str(moment), *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
-    lines = done.stdout.strip().splitlines()
-    return done.returncode, lines[-1] if lines else ""
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def moments(number, *arguments):
     """Some of the moments of a run, the same each time: the first ones, the rest at random."""
-    code, last = killed_at(0, *arguments)
+    code, counted = killed_at(0, *arguments)
     assert code == 0
     draw = random.Random(0)
-    return sorted(draw.sample(range(2, int(last)), number))
+    return sorted(draw.sample(range(2, counted["moments"]), number))
 
 
 # -- killed --
@@ -123,12 +123,47 @@ def check_killed_training(number):
     shutil.rmtree("counted-run")
 
 
+def check_killed_pretraining(number, part, steps):
+    command = ("pretrain", part, "--preset", "micro", "--images", "demo", "--steps", str(steps))
+    chosen = moments(number, *command, "--out", "counted")
+    expected = weights_of("counted")
+    assert expected
+    for moment in chosen:
+        out = f"killed-{moment}"
+        code, counted = killed_at(moment, *command, "--out", out)
+        assert code == -signal.SIGKILL, moment
+        code, again = killed_at(0, *command, "--out", out)
+        assert code == 0, moment
+        # A checkpoint follows every step here, and no more than one interval is lost.
+        all_steps = steps * (3 if part == "all" else 1)
+        assert counted["steps"] + again["steps"] <= all_steps + 1, moment
+        assert weights_of(out) == expected, moment
+        for folder in Path().glob(f"{out}*"):
+            shutil.rmtree(folder)
+    for folder in Path().glob("counted*"):
+        shutil.rmtree(folder)
+
+
+def weights_of(out):
+    """Every file of weights that a pre-training leaves, byte by byte."""
+    files = [file for folder in (out, f"{out}-training") for file in Path(folder).rglob("*")]
+    return {
+        str(file).replace(out, "", 1): file.read_bytes()
+        for file in files
+        if file.suffix == ".safetensors"
+    }
+
+
 def test_an_extraction_that_is_killed_goes_on_and_ends_with_the_same_bytes():
     check_killed_extraction(2)
 
 
 def test_a_training_that_is_killed_goes_on_and_ends_with_the_same_weights():
     check_killed_training(1)
+
+
+def test_a_pretraining_that_is_killed_goes_on_and_ends_with_the_same_weights():
+    check_killed_pretraining(1, "encoder", 2)
 
 
 @pytest.mark.slow
@@ -139,6 +174,11 @@ def test_an_extraction_is_killed_25_times():
 @pytest.mark.slow
 def test_a_training_is_killed_25_times():
     check_killed_training(25)
+
+
+@pytest.mark.slow
+def test_a_pretraining_is_killed_25_times():
+    check_killed_pretraining(25, "all", 3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -362,9 +402,9 @@ def test_processes_share_a_store_and_no_sample_is_made_twice(number):
 def test_the_claim_of_a_dead_process_is_taken_over_and_that_of_a_live_one_is_not():
     store = Path("left.zarr")
     # Killed while it writes its first sample: it has the claims of some.
-    _, last = killed_at(0, *EXTRACT, "counted.zarr")
+    _, counted = killed_at(0, *EXTRACT, "counted.zarr")
     shutil.rmtree("counted.zarr")
-    code, _ = killed_at(int(last) - 60, *EXTRACT, str(store))
+    code, _ = killed_at(counted["moments"] - 60, *EXTRACT, str(store))
     assert code == -signal.SIGKILL
     claimed = list((store / ".claims").iterdir())
     assert claimed
