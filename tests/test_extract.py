@@ -1,5 +1,7 @@
 """The stage 1 loop: stores that are the paper's features, resume, and refuse a mixture."""
 
+import errno
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -201,10 +203,10 @@ def test_another_model_into_the_same_store_is_refused(bundle, manifest, tmp_path
         extract(manifest, other, tmp_path / "s.zarr", splits=["test"])
 
 
-def test_a_full_disk_stops_with_the_errno_and_keeps_the_finished_samples(
-    bundle, manifest, tmp_path, monkeypatch
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_says_what_is_missing_and_keeps_the_finished_samples(
+    bundle, manifest, tmp_path, monkeypatch, number
 ):
-    import errno
 
     from pathsegdiff.features.writer import StoreWriter
 
@@ -212,11 +214,11 @@ def test_a_full_disk_stops_with_the_errno_and_keeps_the_finished_samples(
 
     def full(self, sample, arrays):
         if sample.sample_id == "train_1":
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, "No space left on device")
         write(self, sample, arrays)
 
     monkeypatch.setattr(StoreWriter, "write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StoreError, match=r"samples are not written yet and need about .* MB"):
         extract(manifest, bundle, tmp_path / "s.zarr")
     monkeypatch.undo()
     kept = [s.sample_id for s in FeatureStore.open(tmp_path / "s.zarr").samples()]

@@ -511,6 +511,31 @@ def test_a_store_that_is_removed_meanwhile_is_one_line(monkeypatch, capsys):
     shutil.rmtree("gone.zarr", ignore_errors=True)
 
 
+@pytest.mark.parametrize("closed", ["", "marks"])
+def test_a_folder_that_may_not_be_written_to_is_one_line(closed):
+    """For root too, who may write anywhere unless that right is taken away."""
+    store = Path(f"closed-{closed}.zarr")
+    shutil.copytree("whole.zarr", store)
+    open_existing(store).forget(FeatureStore.open(store).samples()[0])
+    expected = values_of(store)
+    (store / closed).chmod(0o555)
+    command = [sys.executable, "-m", "cli", *EXTRACT, str(store)]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may write anywhere here")
+        command = ["setpriv", "--bounding-set=-dac_override", *command]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    (store / closed).chmod(0o755)
+    error = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert error.startswith("Error: permission denied") and str(store) in error
+    assert run([*EXTRACT, str(store)]) == 0
+    assert values_of(store) == values_of("whole.zarr") != expected
+    shutil.rmtree(store)
+
+
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount here")
 def test_a_small_disk_that_fills_up_and_one_that_is_read_only_are_one_line(tmp_path, capsys):
     """On a disk of its own, where the system lets us mount one."""
@@ -527,10 +552,16 @@ def test_a_small_disk_that_fills_up_and_one_that_is_read_only_are_one_line(tmp_p
     try:
         assert run([*EXTRACT, str(disk / "s.zarr")]) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("Error: ") and "no space left" in error.lower()
+        assert error.startswith("Error: no space left on the disk of ")
         done = len(list((disk / "s.zarr" / "marks").glob("*.json")))
+        assert f": {5 - done} samples are not written yet" in error
         assert not verify_store(FeatureStore.open(disk / "s.zarr"))
-        mount("-o", "remount,size=50m")
+        # So much room as it says is enough, half of it is not.
+        missing = 1e6 * float(error.split("make room for ")[1].split(" MB")[0])
+        mount("-o", f"remount,size={2 * 2**20 + int(missing / 2)}")
+        assert run([*EXTRACT, str(disk / "s.zarr")]) == 1
+        mount("-o", f"remount,size={2 * 2**20 + int(missing) + 100_000}")
+        done = len(list((disk / "s.zarr" / "marks").glob("*.json")))
         mount("-o", "remount,ro")
         assert run([*EXTRACT, str(disk / "s.zarr")]) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]

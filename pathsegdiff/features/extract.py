@@ -5,7 +5,10 @@ complete stays complete whatever happens: a sample's mark is written last. Sever
 the same extraction at once: each sample is made by the one that has its claim.
 """
 
+import errno
 import logging
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
 from typing import Any
+
+import numpy as np
 
 from pathsegdiff.config import Recipe
 from pathsegdiff.data.manifest import Dataset, Region, Sample
@@ -22,7 +27,7 @@ from pathsegdiff.diffusion.bundle import Bundle
 from pathsegdiff.errors import DataError, StoreError
 from pathsegdiff.features.claims import Claim
 from pathsegdiff.features.stage_one import PreparedRegion, RegionFeatures, StageOne, View
-from pathsegdiff.features.store import DatasetCard, StoredSample, sample_bytes
+from pathsegdiff.features.store import DatasetCard, FeatureStore, StoredSample, sample_bytes
 from pathsegdiff.features.writer import SampleArrays, StoreWriter
 from pathsegdiff.provenance import provenance
 
@@ -34,6 +39,10 @@ ProgressCallback = Callable[[int, int], None]
 _READ_AHEAD = 2
 #: Between two looks at what other processes work on.
 _WAIT_SECONDS = 0.5
+#: Files take whole blocks of a disk; most file systems have blocks of this size.
+_BLOCK_BYTES = 4096
+#: To tell how much room a sample takes.
+_SAMPLES_LOOKED_AT = 20
 #: Threads that write finished regions, by the kind of device; no more wait than are written. A CPU
 #: needs seconds for a region, a GPU is faster than one thread.
 WRITERS = {"cpu": 1, "cuda": 4}
@@ -108,9 +117,9 @@ def extract_dataset(
         stores: One path for each of its views.
 
     Raises:
-        StoreError: If a store was made with other settings, or holds a sample whose image or mask
-            has changed since.
-        DataError: If an image or mask cannot be read; all finished samples are kept.
+        StoreError: If a store was made with other settings, holds a sample whose image or mask has
+            changed since, or the disk is full (saying how much room is missing).
+        DataError: If an image or mask cannot be read. All finished samples are kept.
     """
     if not dataset.samples:
         raise DataError(f"data set {dataset.name} has no samples to extract")
@@ -138,7 +147,12 @@ def extract_dataset(
             for stored in registered
             if not writer.store.is_complete(stored)
         }
-    written = _Extraction(dataset, stage_one, writers, todo, progress).run()
+    try:
+        written = _Extraction(dataset, stage_one, writers, todo, progress).run()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _no_room(writers, todo) from None
     return [
         StoreResult(
             path=Path(path),
@@ -249,6 +263,41 @@ def stored_sample(dataset: Dataset, sample: Sample) -> StoredSample:
         source_px=dataset.source_size(sample.source),
         extra={key: str(value) for key, value in sample.source.extra.items()},
     )
+
+
+def _no_room(
+    writers: Mapping[View, StoreWriter], todo: Mapping[View, Mapping[str, StoredSample]]
+) -> StoreError:
+    """How much room the disk lacks for what is not written yet; a quota may be smaller still."""
+    samples = needed = 0
+    for view, writer in writers.items():
+        left = [row for row in todo[view].values() if not writer.is_marked(row)]
+        samples += len(left)
+        needed += len(left) * _bytes_on_disk(writer.store)
+    path = next(iter(writers.values())).path
+    free = shutil.disk_usage(path).free
+    # What a broken-off sample has taken is written over; the rest of it is needed at least.
+    missing = max(needed - free, needed // max(samples, 1))
+    needs, has, more = (f"{count / 1e6:.1f} MB" for count in (needed, free, missing))
+    return StoreError(
+        f"no space left on the disk of {path}: {samples} samples are not written yet and need "
+        f"about {needs}, {has} are free; make room for {more} more and run the same command again. "
+        "Everything finished so far is kept"
+    )
+
+
+def _bytes_on_disk(store: FeatureStore) -> int:
+    """What one more sample takes: the largest of some that are there, else before compression."""
+    store.reload()
+    found = store.samples()[-_SAMPLES_LOOKED_AT:]
+    if found:
+        return max(sum(map(_in_blocks, store.file_sizes(sample))) for sample in found)
+    shapes = store.array_shapes.values()
+    return sum(_in_blocks(math.prod(shape) * np.dtype(dtype).itemsize) for shape, dtype in shapes)
+
+
+def _in_blocks(size: int) -> int:
+    return -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 class _Extraction:

@@ -415,6 +415,11 @@ class FeatureStore:
             sizes[array] = sizes.get(array, 0) + size
         return sizes
 
+    def file_sizes(self, sample: StoredSample) -> list[int]:
+        """Bytes of each file of one complete sample, its mark among them."""
+        sizes = [size for size, _ in self.read_mark(sample)["files"].values()]
+        return [*sizes, self._size(mark_key(sample.index)) or 0]
+
     # -- inside --
 
     def _key(self, key: str) -> str:
