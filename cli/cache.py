@@ -82,14 +82,19 @@ def verify(store: Path) -> None:
     opened = FeatureStore.open(store)
     findings = verify_store(opened)
     for finding in findings:
-        click.echo(f"{finding.sample.sample_id}: {finding.problem}")
-    if findings:
-        damaged = len({finding.sample.index for finding in findings})
+        where = "the store" if finding.sample is None else finding.sample.sample_id
+        click.echo(f"{where}: {finding.problem}")
+    damaged = {finding.sample.index for finding in findings if finding.sample is not None}
+    complete, registered = len(opened.samples()), len(opened.registered())
+    if damaged:
         raise StoreError(
-            f"{damaged} of {len(opened.samples())} samples are damaged; "
-            f"run `psd cache repair {store}`"
+            f"{len(damaged)} of {complete} samples are damaged; run `psd cache repair {store}`"
         )
-    click.echo(f"{len(opened.samples())} complete samples, all whole: {store}")
+    if findings:
+        raise StoreError(f"its second copy is damaged; run `psd cache repair {store}`")
+    click.echo(f"{complete} complete samples, all whole: {store}")
+    if complete < registered:
+        click.echo(f"{registered - complete} more are listed but not complete; extract again")
 
 
 @cache.command()
@@ -103,7 +108,8 @@ def verify(store: Path) -> None:
 def repair(
     ctx: click.Context, store: Path, data_root: Path | None, model: str | None, marks_only: bool
 ) -> None:
-    """Extract damaged samples again, with the store's own settings; the others are left alone.
+    """Put the store's own files back, and extract damaged and missing samples again, with the
+    store's own settings; the others are left alone.
 
     \b
     Example:
@@ -111,20 +117,30 @@ def repair(
       psd cache repair features/glas-tiny-t50.zarr --data-root /new/place/GlaS
     """
     from cli.main import run_within
+    from pathsegdiff.features.store import BACKUP_KEY
     from pathsegdiff.features.verify import verify_store
-    from pathsegdiff.features.writer import open_existing
+    from pathsegdiff.features.writer import open_existing, put_metadata_back
 
+    restored = put_metadata_back(store)
+    for key in restored:
+        click.echo(f"{key}: put back from the second copy in {BACKUP_KEY}")
     writer = open_existing(store)
     findings = verify_store(writer.store)
-    damaged = {finding.sample.index: finding.sample for finding in findings}
-    if not damaged:
-        click.echo(f"nothing to repair: {store}")
+    if writer.keep_copy():
+        restored.append(BACKUP_KEY)
+        click.echo(f"{BACKUP_KEY}: written again")
+    damaged = {f.sample.index: f.sample for f in findings if f.sample is not None}
+    missing = [s for s in writer.store.registered() if not writer.store.is_complete(s)]
+    if not damaged and not missing:
+        click.echo(f"{'repaired' if restored else 'nothing to repair'}: {store}")
         return
     # Before a mark is taken away: it must be known how to go on.
     command = [] if marks_only else _extraction(writer.store, store, data_root, model)
     for sample in damaged.values():
         writer.forget(sample)
         click.echo(f"{sample.sample_id}: will be extracted again")
+    for sample in missing:
+        click.echo(f"{sample.sample_id}: is not complete, will be extracted")
     if marks_only:
         click.echo(f"made with: {writer.store.provenance.get('command')}")
         return

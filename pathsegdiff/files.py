@@ -25,6 +25,11 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
+def put_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and have it on the disk."""
+    replace_file(path, lambda file: file.write_bytes(content))
+
+
 def sync(path: Path) -> None:
     """Have the system put a file's content, or a folder's list of names, on the disk now."""
     try:

@@ -116,7 +116,8 @@ def test_a_full_disk_is_one_line(place, capsys, monkeypatch):
     monkeypatch.setattr(StoreWriter, "write", full)
     code, _, err = psd(capsys, *EXTRACT)
     assert code == 1
-    assert "Error: no space left on the disk; make room and run the same command again" in err
+    assert "Error: no space left on the disk of features/" in err
+    assert "2 samples are not written yet and need about " in err
 
 
 def test_a_store_of_other_settings_is_refused_with_the_way_out(place, capsys):
@@ -182,6 +183,50 @@ def test_cache_info_verify_repair_and_export(place, capsys, monkeypatch):
     assert "1 samples written, 1 already complete: s.zarr" in out
     assert contents("s.zarr") == whole
     assert psd(capsys, "cache", "repair", "s.zarr")[1] == "nothing to repair: s.zarr\n"
+
+
+@pytest.mark.parametrize("key", ["zarr.json", "samples.json", "label/zarr.json", "backup.json"])
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(b"{nothing")])
+def test_the_stores_own_files_are_put_back_from_their_second_copy(place, capsys, key, spoil):
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    whole = contents("s.zarr")
+    spoil(place / "s.zarr" / key)
+    code, _, err = psd(capsys, "cache", "verify", "s.zarr")
+    assert code == 1
+    assert "run `psd cache repair s.zarr`" in err
+    if key != "backup.json":  # no more samples are put into a store that is not whole
+        assert psd(capsys, *EXTRACT, "--out", "s.zarr")[0] == 1
+    code, out, _ = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 0
+    assert f"{key}: " in out and "repaired: s.zarr" in out
+    assert contents("s.zarr") == whole
+    assert psd(capsys, "cache", "verify", "s.zarr")[0] == 0
+
+
+def test_what_is_damaged_twice_is_said_and_nothing_is_changed(place, capsys):
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    for key in ("label/zarr.json", "backup.json"):
+        (place / "s.zarr" / key).write_bytes(b"{nothing")
+    broken = contents("s.zarr")
+    code, _, err = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 1
+    assert "label/zarr.json is missing or damaged, and so is its second copy" in err
+    assert "delete the store and extract it again" in err
+    assert contents("s.zarr") == broken
+    assert psd(capsys, "cache", "repair", "nowhere.zarr")[0] == 1
+
+
+def test_a_sample_without_its_mark_is_said_and_repair_makes_it(place, capsys):
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    whole = contents("s.zarr")
+    (place / "s.zarr" / "marks" / "00000001.json").unlink()
+    code, out, _ = psd(capsys, "cache", "verify", "s.zarr")
+    assert code == 0
+    assert "1 more are listed but not complete" in out
+    code, out, _ = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 0
+    assert "test_0: is not complete, will be extracted" in out
+    assert contents("s.zarr") == whole
 
 
 def test_repair_takes_no_mark_away_where_it_does_not_know_the_extraction(place, capsys):

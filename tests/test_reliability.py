@@ -61,6 +61,10 @@ def values_of(store):
         if not file.is_file() or file.suffix in (".partial", ".new") or name.startswith("."):
             continue
         found[name] = file.read_bytes()
+    kept = unsealed(found.pop("backup.json"))["files"]
+    # The copy is of the files as they are.
+    assert kept == {key: Path(store, key).read_text() for key in kept}
+    assert set(kept) >= {"zarr.json", "samples.json", "label/zarr.json"}
     group = json.loads(found.pop("zarr.json"))
     del group["attributes"]["pathsegdiff"]["provenance"]
     return found | {"zarr.json": group, "samples.json": unsealed(found["samples.json"])["samples"]}
@@ -287,6 +291,7 @@ KINDS = {
     "features": "stride_*/c/**/*",
     "metadata": "**/zarr.json",
     "table": "samples.json",
+    "copy": "backup.json",
     "labels": "label/c/**/*",
     "images": "image/c/**/*",
     "embeddings": "embedding/c/**/*",
@@ -309,6 +314,21 @@ def read_all(store):
     return found
 
 
+def break_file(file, how, draw):
+    """Flip a bit, cut the end off, or delete it; returns where."""
+    whole = file.read_bytes()
+    place = draw.randrange(len(whole))
+    if how == "flip":
+        broken = bytearray(whole)
+        broken[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(broken)
+    elif how == "cut":
+        file.write_bytes(whole[:place])
+    else:
+        file.unlink()
+    return place
+
+
 def damage(kind, number, how, tmp_path):
     """Break one file of a kind, look, mend it, and so on; returns how often it was silent."""
     path = tmp_path / "shapes.zarr"
@@ -321,15 +341,7 @@ def damage(kind, number, how, tmp_path):
     for _ in range(number):
         file = draw.choice(files)
         whole = file.read_bytes()
-        place = draw.randrange(len(whole))
-        if how == "flip":
-            broken = bytearray(whole)
-            broken[place] ^= 1 << draw.randrange(8)
-            file.write_bytes(broken)
-        elif how == "cut":
-            file.write_bytes(whole[:place])
-        else:
-            file.unlink()
+        place = break_file(file, how, draw)
         where = f"{how} {file.relative_to(path)} at {place}"
         try:
             findings = verify_store(FeatureStore.open(path))
@@ -350,7 +362,7 @@ def damage(kind, number, how, tmp_path):
                 if not np.array_equal(values, expected[key]):
                     silent.append(f"read: {where}: {key}")
             # A group's own zarr.json is not needed to read right values.
-            spared = kind in ("marks", "metadata")
+            spared = kind in ("marks", "metadata", "copy")
             if not spared and len(found) == len(expected) and how != "flip":
                 silent.append(f"read: {where}")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -369,6 +381,36 @@ def test_damage_is_named_and_never_read(kind, how, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_named_and_never_read_many_times(kind, how, number, tmp_path):
     assert damage(kind, number, how, tmp_path) == []
+
+
+def repair(kind, number, how):
+    """Break one file of a kind, and let ``psd cache repair`` mend it."""
+    store = Path("broken.zarr")
+    shutil.copytree("whole.zarr", store)
+    expected = values_of(store)
+    draw = random.Random(f"repair {kind} {how}")
+    files = sorted(file for file in store.glob(KINDS[kind]) if file.is_file())
+    for _ in range(number):
+        file = draw.choice(files)
+        place = break_file(file, how, draw)
+        assert run(["cache", "repair", str(store)]) == 0, (file, place)
+        assert values_of(store) == expected, (file, place)
+    shutil.rmtree(store)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("features", "flip"), ("metadata", "cut"), ("table", "flip"), ("marks", "delete")],
+)
+def test_repair_ends_with_the_bytes_of_the_original(kind, how):
+    repair(kind, 1, how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["flip", "cut", "delete"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_repair_ends_with_the_bytes_of_the_original_many_times(kind, how):
+    repair(kind, 5, how)
 
 
 # -- several at once --

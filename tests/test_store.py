@@ -16,7 +16,7 @@ from pathsegdiff.errors import StoreError
 from pathsegdiff.features import writer as writer_module
 from pathsegdiff.features.layout import TapSpec, plan_levels
 from pathsegdiff.features.seal import sealed, unsealed
-from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.features.store import FeatureStore, checksum
 from pathsegdiff.features.verify import verify_sample, verify_store
 from pathsegdiff.features.writer import open_existing
 from tests.helpers_store import (
@@ -335,7 +335,13 @@ def test_altered_attributes_are_noticed(tmp_path):
     path = damaged(tmp_path)
     metadata = json.loads((path / "zarr.json").read_text())
     metadata["attributes"]["pathsegdiff"]["recipe"]["timestep"] = 60
-    (path / "zarr.json").write_text(json.dumps(metadata))
+    altered = json.dumps(metadata).encode()
+    (path / "zarr.json").write_bytes(altered)
+    with pytest.raises(StoreError, match="the store itself is missing or damaged"):
+        FeatureStore.open(path)
+    table = unsealed((path / "samples.json").read_bytes())
+    table["files"]["zarr.json"] = [checksum(altered)]
+    (path / "samples.json").write_bytes(sealed(table))
     with pytest.raises(StoreError, match="does not match its fingerprint"):
         FeatureStore.open(path)
 
@@ -434,7 +440,7 @@ def test_an_array_that_is_gone_is_said_with_the_way_out_and_never_passes_as_whol
         shutil.rmtree(path / gone)
     else:
         (path / gone).unlink()
-    message = rf"array {gone.split('/')[0]} is missing or damaged .*delete the store and extract"
+    message = rf"array {gone.split('/')[0]} is missing or damaged .*psd cache repair"
     with pytest.raises(StoreError, match=message):
         verify_store(FeatureStore.open(path))
     with pytest.raises(StoreError, match=message), open_writer(path):
@@ -444,15 +450,17 @@ def test_an_array_that_is_gone_is_said_with_the_way_out_and_never_passes_as_whol
 def test_marks_without_the_table_of_samples_are_damage_and_not_an_empty_store(tmp_path):
     path = damaged(tmp_path)
     (path / "samples.json").unlink()
-    with pytest.raises(StoreError, match="lists 0 samples, but number 2 is marked .*delete the"):
+    with pytest.raises(
+        StoreError, match="lists 0 samples, but number 2 is marked .*psd cache repair"
+    ):
         FeatureStore.open(path)
 
 
 @pytest.mark.parametrize("name", ["samples.json", "zarr.json"])
-def test_a_store_that_no_sample_can_mend_says_to_delete_it(tmp_path, name):
+def test_a_store_that_is_damaged_itself_says_how_to_mend_it(tmp_path, name):
     path = damaged(tmp_path)
     (path / name).write_text('{"cut')
-    with pytest.raises(StoreError, match="delete the store and extract it again"):
+    with pytest.raises(StoreError, match="run `psd cache repair"):
         FeatureStore.open(path)
 
 

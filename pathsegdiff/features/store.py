@@ -10,6 +10,7 @@
       embedding   (S, P, D) float32            the encoder's raw vector of each patch, row-major
       instances/<index> (H0, W0) int32         objects at the source's size, where they are counted
     STORE/samples.json         which sample is which index of S; checksums of every zarr.json
+    STORE/backup.json          a second copy of samples.json and of every zarr.json (``backup``)
     STORE/marks/<index>.json   written last: the sample's files with sizes and checksums
 
 A sample counts only once its mark exists. zarr reads an absent chunk as zeros, so a reader first
@@ -45,13 +46,12 @@ from pathsegdiff.grid import patchwise_matrix
 FORMAT = 2
 ATTRIBUTE = "pathsegdiff"
 SAMPLES_KEY = "samples.json"
+BACKUP_KEY = "backup.json"
 MARKS_FOLDER = "marks"
 #: A table of samples above this is refused before it is read.
 _MAX_JSON_BYTES = 1 << 28
 #: (bytes, CRC-32) of a file.
 Checksum = tuple[int, int]
-#: What is left to do where the store itself, not a sample of it, is damaged.
-_ANEW = "delete the store and extract it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +175,14 @@ class FeatureStore:
     def __init__(self, path: str | Path, group: zarr.Group) -> None:
         self.path = str(path)
         self._group = group
-        self._read_attributes(dict(group.attrs))
         self._checked: set[int] = set()
         self._arrays: dict[str, zarr.Array] = {}
         self._formats: dict[str, ShardFormat | None] = {}
+        try:
+            self._read_attributes(dict(group.attrs))
+        except StoreError:
+            self._refuse_altered_attributes()
+            raise
         self.reload()
         self._check_metadata("zarr.json")
 
@@ -201,7 +205,7 @@ class FeatureStore:
         if self._complete and max(self._complete) >= len(self._samples):
             raise StoreError(
                 f"{self.path}: {SAMPLES_KEY} lists {len(self._samples)} samples, but number "
-                f"{max(self._complete)} is marked complete; {_ANEW}"
+                f"{max(self._complete)} is marked complete; {_mend(self.path)}"
             )
 
     # -- what it is --
@@ -216,6 +220,14 @@ class FeatureStore:
         """What a head can read: the levels, and the tokens where the store has them."""
         tokens = () if self.tokens_level is None else (self.tokens_level,)
         return (*self.levels.values(), *tokens)
+
+    @property
+    def metadata_keys(self) -> list[str]:
+        """Every zarr.json of the store, but for those of instances."""
+        groups = ["zarr.json"]
+        if self.card.scheme.objects is not None:
+            groups.append("instances/zarr.json")
+        return [*groups, *(f"{name}/zarr.json" for name in self.array_shapes)]
 
     @cached_property
     def array_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -373,7 +385,7 @@ class FeatureStore:
                 found = "is missing" if there is None else f"has {there} bytes instead of {size}"
                 raise StoreError(
                     f"{self.path}: sample {sample.sample_id} is damaged, {key} {found}; "
-                    f"run `psd cache repair {self.path}`"
+                    f"{_mend(self.path)}"
                 )
         self._checked.add(sample.index)
 
@@ -398,7 +410,7 @@ class FeatureStore:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(
                 f"{self.path}: the completion mark of sample {sample.sample_id} is damaged "
-                f"({error}); run `psd cache repair {self.path}`"
+                f"({error}); {_mend(self.path)}"
             ) from None
         return {"files": files, **hashes}
 
@@ -440,10 +452,10 @@ class FeatureStore:
                 array = self._group[name]
             except (KeyError, ValueError, TypeError, zarr.errors.BaseZarrError) as error:
                 raise StoreError(
-                    f"{self.path}: array {name} is missing or damaged ({error}); {_ANEW}"
+                    f"{self.path}: array {name} is missing or damaged ({error}); {_mend(self.path)}"
                 ) from None
             if not isinstance(array, zarr.Array):
-                raise StoreError(f"{self.path}: {name} is not an array; {_ANEW}")
+                raise StoreError(f"{self.path}: {name} is not an array; {_mend(self.path)}")
             if not name.startswith("instances/"):
                 self._check_shape(name, array)
             self._arrays[name] = array
@@ -463,14 +475,14 @@ class FeatureStore:
         what = f"array {key.split('/', 1)[0]}" if "/" in key else "the store itself"
         raise StoreError(
             f"{self.path}: {what} is missing or damaged ({key} has another checksum than "
-            f"{SAMPLES_KEY} says); {_ANEW}"
+            f"{SAMPLES_KEY} says); {_mend(self.path)}"
         )
 
     def _check_instances(self, sample: StoredSample, key: str) -> None:
         if checksum(self.get(key)) != self.read_mark(sample)["files"].get(key):
             raise StoreError(
                 f"{self.path}: sample {sample.sample_id} is damaged, {key} has another checksum; "
-                f"run `psd cache repair {self.path}`"
+                f"{_mend(self.path)}"
             )
 
     def _check_shape(self, name: str, array: zarr.Array) -> None:
@@ -478,7 +490,7 @@ class FeatureStore:
         if array.shape[1:] != expected[0] or str(array.dtype) != expected[1]:
             raise StoreError(
                 f"{self.path}: array {name} has shape {array.shape} and dtype {array.dtype}, "
-                f"the store says (samples, {', '.join(map(str, expected[0]))}); {_ANEW}"
+                f"the store says (samples, {', '.join(map(str, expected[0]))}); {_mend(self.path)}"
             )
 
     def _read(
@@ -503,7 +515,7 @@ class FeatureStore:
             # A chunk whose checksum or compressed stream is wrong.
             raise StoreError(
                 f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error}); "
-                f"run `psd cache repair {self.path}`"
+                f"{_mend(self.path)}"
             ) from None
 
     def _read_features(
@@ -527,7 +539,7 @@ class FeatureStore:
         except (ValueError, FileNotFoundError) as error:
             raise StoreError(
                 f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error}); "
-                f"run `psd cache repair {self.path}`"
+                f"{_mend(self.path)}"
             ) from None
 
     def _read_attributes(self, attributes: dict[str, Any]) -> None:
@@ -553,7 +565,7 @@ class FeatureStore:
             }
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError, DataError) as error:
             raise StoreError(
-                f"{self.path}: its attributes are damaged ({error!r}); {_ANEW}"
+                f"{self.path}: its attributes are damaged ({error!r}); {_mend(self.path)}"
             ) from None
         if self.fingerprint != self.recipe.fingerprint():
             raise StoreError(
@@ -562,6 +574,18 @@ class FeatureStore:
             )
         self.tokens_level = levels.pop("tokens", None)
         self.levels = levels
+
+    def _refuse_altered_attributes(self) -> None:
+        """Rather than say what became of them, say that they were others once.
+
+        Raises:
+            StoreError: If the table of samples says so; of an older format it says nothing.
+        """
+        try:
+            self._metadata = self._read_table()[1]
+        except StoreError:
+            return
+        self._check_metadata("zarr.json")
 
     def _read_table(self) -> tuple[list[StoredSample], dict[str, list[Checksum]]]:
         """The samples, and what every zarr.json of the store but instances' may be.
@@ -584,11 +608,12 @@ class FeatureStore:
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(
-                f"{self.path}: {SAMPLES_KEY} is damaged ({error!r}); {_ANEW}"
+                f"{self.path}: {SAMPLES_KEY} is damaged ({error!r}); {_mend(self.path)}"
             ) from None
         if len({sample.sample_id for sample in samples}) != len(samples):
             raise StoreError(
-                f"{self.path}: {SAMPLES_KEY} is damaged (a sample stands in it twice); {_ANEW}"
+                f"{self.path}: {SAMPLES_KEY} is damaged (a sample stands in it twice); "
+                f"{_mend(self.path)}"
             )
         return samples, files
 
@@ -609,11 +634,19 @@ def open_group(path: str | Path, mode: str = "r") -> zarr.Group:
     try:
         return zarr.open_group(str(path), mode=mode, zarr_format=3)  # type: ignore[arg-type]
     except FileNotFoundError:
+        if (Path(path) / BACKUP_KEY).exists():
+            raise StoreError(f"{path}: its zarr.json is missing; {_mend(path)}") from None
         raise StoreError(
             f"{path}: there is no feature store; make one with `psd extract`"
         ) from None
     except (ValueError, KeyError, TypeError, zarr.errors.BaseZarrError) as error:
-        raise StoreError(f"{path} cannot be read as a feature store ({error}); {_ANEW}") from None
+        raise StoreError(
+            f"{path} cannot be read as a feature store ({error}); {_mend(path)}"
+        ) from None
+
+
+def _mend(path: str | Path) -> str:
+    return f"run `psd cache repair {path}`"
 
 
 def array_shapes(

@@ -6,31 +6,38 @@ from dataclasses import dataclass
 import dask
 
 from pathsegdiff.errors import StoreError
-from pathsegdiff.features.store import FeatureStore, StoredSample, row_key
+from pathsegdiff.features.backup import copy_problem
+from pathsegdiff.features.store import BACKUP_KEY, FeatureStore, StoredSample, row_key
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something wrong with a sample."""
+    """Something wrong with a sample, or with the store itself where there is none."""
 
-    sample: StoredSample
+    sample: StoredSample | None
     problem: str
 
 
 def verify_store(store: FeatureStore) -> list[Finding]:
-    """Read every byte of every complete sample; the samples run side by side through dask.
+    """Read every byte of every complete sample, and the second copy of the metadata.
+
+    The samples run side by side through dask.
 
     Returns:
         What is wrong, in the order of the samples; empty for a store that is whole.
 
     Raises:
-        StoreError: If an array of the store itself is missing or damaged: no sample can mend that.
+        StoreError: If an array of the store itself is missing or damaged.
     """
     store.check_arrays()
     samples = store.samples()
     checks = [dask.delayed(verify_sample)(store, sample) for sample in samples]
     results = dask.compute(*checks, scheduler="threads")
-    return [finding for result in results for finding in result]
+    findings = [finding for result in results for finding in result]
+    problem = copy_problem(store.get(BACKUP_KEY))
+    if problem is not None:
+        findings.append(Finding(sample=None, problem=f"{BACKUP_KEY} {problem}"))
+    return findings
 
 
 def verify_sample(store: FeatureStore, sample: StoredSample) -> list[Finding]:

@@ -20,6 +20,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pathsegdiff.config import Recipe
 from pathsegdiff.errors import StoreError
+from pathsegdiff.features.backup import keep_copy, put_back
 from pathsegdiff.features.claims import Claim
 from pathsegdiff.features.layout import Level
 from pathsegdiff.features.quantize import (
@@ -33,6 +34,7 @@ from pathsegdiff.features.seal import sealed
 from pathsegdiff.features.shards import ZSTD_LEVEL, ShardFormat, encode_shard
 from pathsegdiff.features.store import (
     ATTRIBUTE,
+    BACKUP_KEY,
     FORMAT,
     MARKS_FOLDER,
     SAMPLES_KEY,
@@ -45,7 +47,7 @@ from pathsegdiff.features.store import (
     open_group,
     row_key,
 )
-from pathsegdiff.files import replace_file, sync, sync_below
+from pathsegdiff.files import put_bytes, sync, sync_below
 
 #: Seconds that others may need to make a store, or to register their samples.
 _LOCK_SECONDS = 60
@@ -148,7 +150,22 @@ class StoreWriter:
                 table[index : index + 1] = [StoredSample.from_dict(index, sample.to_dict())]
             if table != list(self.store.registered()):
                 self._list(table)
+            self._keep_copy()
         return [self._by_id[sample.sample_id] for sample in samples]
+
+    def keep_copy(self) -> bool:
+        """Write the second copy of the metadata where it is not as they are; whether it was not.
+
+        Raises:
+            StoreError: If the metadata themselves are damaged.
+        """
+        with _locked(self.path):
+            self._reload()
+            return self._keep_copy()
+
+    def _keep_copy(self) -> bool:
+        self.store.check_arrays()
+        return keep_copy(self.path, self.store.metadata_keys)
 
     def _list(self, table: Sequence[StoredSample]) -> None:
         """Make room for every sample of the table, then write it.
@@ -156,15 +173,11 @@ class StoreWriter:
         The table says beforehand what the arrays' metadata will be, so that it fits them whenever
         this is broken off.
         """
-        groups = ["zarr.json"]
-        if self.store.card.scheme.objects is not None:
-            groups.append("instances/zarr.json")
-        before = {key: (self.path / key).read_bytes() for key in groups}
+        before = {key: (self.path / key).read_bytes() for key in self.store.metadata_keys}
         after = dict(before)
         for name in self.store.array_shapes:
             # What zarr's resize does, but on the disk before the old file is gone.
             key = f"{name}/zarr.json"
-            before[key] = (self.path / key).read_bytes()
             metadata = json.loads(before[key])
             metadata["shape"][0] = len(table)
             after[key] = json.dumps(metadata, indent=2).encode()
@@ -173,13 +186,13 @@ class StoreWriter:
         # Arrays first: rows without a name are harmless, a name without a row is not.
         for key, content in after.items():
             if content != before[key]:
-                _put(self.path / key, content)
+                put_bytes(self.path / key, content)
         self._put_table(table, {key: [checksum(content)] for key, content in after.items()})
         self._reload()
 
     def _put_table(self, table: Sequence[StoredSample], files: dict[str, Any]) -> None:
         rows = [sample.to_dict() for sample in table]
-        _put(self.path / SAMPLES_KEY, sealed({"files": files, "samples": rows}, indent=0))
+        put_bytes(self.path / SAMPLES_KEY, sealed({"files": files, "samples": rows}, indent=0))
 
     def claim(self, sample: StoredSample) -> Claim | None:
         """Take the right to write a sample.
@@ -234,7 +247,7 @@ class StoreWriter:
             "mask_sha256": arrays.mask_sha256,
             "files": files,
         }
-        _put(self.path / mark_key(sample.index), sealed(mark, indent=1))
+        put_bytes(self.path / mark_key(sample.index), sealed(mark, indent=1))
 
     def forget(self, sample: StoredSample) -> None:
         """Take a sample's completion mark away, so that it is extracted again."""
@@ -366,8 +379,8 @@ def _create(
     finished = len(list(path.glob(f"{MARKS_FOLDER}/*.json")))
     if finished:
         raise StoreError(
-            f"{path}: its zarr.json is missing, but {finished} samples are complete; put the file "
-            "back, or choose another --out"
+            f"{path}: its zarr.json is missing, but {finished} samples are complete; run "
+            f"`psd cache repair {path}`, or choose another --out"
         )
     group = zarr.create_group(str(path / ".new"), zarr_format=3, overwrite=True)
     by_name = {level.name: level for level in levels}
@@ -406,12 +419,13 @@ def _create(
         "provenance": provenance,
     }
     made = path / ".new"
+    keep_copy(made, [str(file.relative_to(made).as_posix()) for file in made.rglob("zarr.json")])
     sync_below(made, [file for file in made.rglob("*") if file.is_file()])
     # The group's own zarr.json comes last: a folder without it is a store that was never finished.
     for child in sorted(made.iterdir(), key=lambda child: child.name == "zarr.json"):
         if child.name == "zarr.json":
             sync(path)
-        elif (path / child.name).exists():  # of a making that was interrupted
+        elif (path / child.name).is_dir():  # of a making that was interrupted
             shutil.rmtree(path / child.name)
         child.replace(path / child.name)
     made.rmdir()
@@ -454,6 +468,21 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def put_metadata_back(path: Path) -> list[str]:
+    """Mend the store's own zarr.json files and table of samples from their second copy.
+
+    Returns:
+        Keys of the files that were put back.
+
+    Raises:
+        StoreError: If it is no store, or a file and its copy are damaged.
+    """
+    if not any((path / key).is_file() for key in ("zarr.json", BACKUP_KEY)):
+        raise StoreError(f"{path}: there is no feature store; make one with `psd extract`")
+    with _locked(path):
+        return put_back(path)
+
+
 def open_existing(path: str | Path) -> StoreWriter:
     """An existing store, whatever its recipe (repair needs no new settings).
 
@@ -461,11 +490,6 @@ def open_existing(path: str | Path) -> StoreWriter:
         StoreError: If it is no store.
     """
     return StoreWriter(Path(path), open_group(path, "r+"))
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and have it on the disk."""
-    replace_file(path, lambda file: file.write_bytes(content))
 
 
 def _put_unsynced(path: Path, content: bytearray) -> None:
