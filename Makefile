@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PSD := $(BIN)/psd
 CONSTRAINTS := tests/constraints.txt
+# A process per core, four at most; they take work from each other.
+PYTEST := $(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help setup demo test test-slow check format bench bench-gpu clean reproduce-table1 reproduce-table2 \
   reproduce-table3 reproduce-table4 reproduce-table5 reproduce-fig4 reproduce-fig5 \
@@ -40,10 +42,10 @@ demo: $(VENV)/.user
 	$(PSD) demo
 
 test: $(VENV)/.user
-	$(BIN)/python -m pytest --quiet
+	$(PYTEST)
 
 test-slow: $(VENV)/.user
-	$(BIN)/python -m pytest --quiet -m "not gpu and not weights"
+	$(PYTEST) -m "not gpu and not weights"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
