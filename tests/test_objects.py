@@ -304,14 +304,16 @@ def test_the_minimum_area_is_zero_where_nothing_is_gained_or_known():
         choose_min_area([target > 0], [])
 
 
-def test_the_chosen_minimum_area_is_the_best_of_all_scored_one_by_one():
+@pytest.mark.parametrize("grown", [False, True])
+def test_the_chosen_minimum_area_is_the_best_of_all_scored_one_by_one(grown):
     targets = [discs(seed, 6) for seed in range(3)]
     masks = [(discs(seed + 50, 5) > 0) | (target > 0) for seed, target in enumerate(targets)]
     candidates = (0, 20, 60, 150, 300, 500)
     quality = []
     for area in candidates:
-        pairs = [(t, objects_from_mask(m, area)) for t, m in zip(targets, masks, strict=True)]
-        split = pool_objects([image_object_scores(t, p) for t, p in pairs])
+        objects = [objects_from_mask(mask, area) for mask in masks]
+        objects = [grow_objects(map_) for map_ in objects] if grown else objects
+        split = pool_objects(list(map(image_object_scores, targets, objects)))
         quality.append(round(split.f1 + split.dice, 12))
     expected = candidates[int(np.argmax(quality))]
-    assert choose_min_area(masks, targets, candidates) == expected
+    assert choose_min_area(masks, targets, candidates, grown=grown) == expected

@@ -450,6 +450,8 @@ def choose_min_area(
     masks: Sequence[np.ndarray],
     instances: Sequence[np.ndarray],
     candidates: Sequence[int] = MIN_AREA_CANDIDATES,
+    *,
+    grown: bool = False,
 ) -> int:
     """The minimum object area that scores best on validation images.
 
@@ -460,6 +462,7 @@ def choose_min_area(
         masks: (H, W) bool predictions, each at its image's original size.
         instances: (H, W) integer target maps, in the same order.
         candidates: Areas in pixels.
+        grown: Whether what is kept is grown before it is scored (``grow_objects``).
 
     Raises:
         ValueError: If there is nothing to choose from, or the sequences differ in length.
@@ -481,6 +484,7 @@ def choose_min_area(
             keep[0] = False
             if keep.tobytes() not in scored:
                 kept = np.where(keep[everything], everything, 0)
+                kept = grow_objects(kept) if grown else kept
                 scored[keep.tobytes()] = _sums_without_distances(match_objects(target, kept))
             sums[row] += scored[keep.tobytes()]
     pooled = object_statistics(sums)

@@ -339,15 +339,16 @@ def _choose_min_area(
     """The smallest object to keep, chosen on validation images."""
     if not samples:
         return _MIN_AREA_UNCHOSEN
-    masks, targets = [], []
+    masks, targets, grown = [], [], False
     for number, found in enumerate(segmenter.predictions(samples)):
         target = segmenter.instances(found.sample)
         height, width = target.shape
         masks.append(_object_mask(card, found, (height, width)))
         targets.append(target)
+        grown = found.contours is not None
         if progress is not None:
             progress(number + 1, len(samples) + evaluated, "validation: smallest object")
-    return choose_min_area(masks, targets)
+    return choose_min_area(masks, targets, grown=grown)
 
 
 def _interval_groups(

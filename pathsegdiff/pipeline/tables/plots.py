@@ -54,11 +54,19 @@ class TableRow:
         return None if ours is None or theirs is None else ours - theirs
 
 
-def draw_rows(rows: list[TableRow], column: str, title: str, file: Path) -> None:
-    """A figure of every row of ours, lowest to highest run, and the published one beside it."""
+def draw_rows(
+    rows: list[TableRow], column: str, title: str, file: Path, *, published: bool
+) -> None:
+    """A figure of every row of ours, lowest to highest run, and the published one beside it.
+
+    Args:
+        published: Whether the published figures are of the same data; else they are left out.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if not published:
+        rows = [row for row in rows if row.values(column)]
     figure = Figure(figsize=(7.5, 0.42 * len(rows) + 1.4), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
@@ -73,7 +81,7 @@ def draw_rows(rows: list[TableRow], column: str, title: str, file: Path) -> None
                 color="#0072B2",
                 capsize=4,
             )
-        if row.published is not None and column in row.published.figures:
+        if published and row.published is not None and column in row.published.figures:
             axes.plot(row.published.figures[column], place, "x", color="#D55E00")
     few = any(row.limit is not None for row in rows)
     axes.set_yticks(
@@ -85,7 +93,8 @@ def draw_rows(rows: list[TableRow], column: str, title: str, file: Path) -> None
     )
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel(f"{title} (dots: ours, lowest to highest run; crosses: published)")
+    crosses = "; crosses: published" if published else ""
+    axes.set_xlabel(f"{title} (dots: ours, lowest to highest run{crosses})")
     FigureCanvasAgg(figure).print_png(str(file))
 
 

@@ -94,7 +94,8 @@ def write(settings: TableSettings) -> str:
     csv.writer(table).writerows(lines)
     picture = settings.out / "plot.png"
     drawn = columns.plotted, columns.titles[columns.plotted]
-    replace_file(picture, partial(draw_rows, rows, *drawn))
+    same = settings.dataset_name == TABLES[settings.table].dataset
+    replace_file(picture, partial(draw_rows, rows, *drawn, published=same))
     if settings.limits[1:]:
         replace_file(settings.out / FEW_LABELS, partial(draw_few_labels, rows, *drawn))
     page = _page(settings, lines, notes, picture.read_bytes())
