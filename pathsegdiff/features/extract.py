@@ -17,6 +17,7 @@ from typing import Any
 from pathsegdiff.config import Recipe
 from pathsegdiff.data.manifest import Dataset, Region, Sample
 from pathsegdiff.data.manifest_file import reference
+from pathsegdiff.data.passes import iterate_threads
 from pathsegdiff.device import device_name
 from pathsegdiff.diffusion.bundle import Bundle
 from pathsegdiff.errors import DataError, StoreError
@@ -426,8 +427,6 @@ def _check_unchanged(
     dataset: Dataset, writer: StoreWriter, registered: Sequence[StoredSample]
 ) -> None:
     """Refuse to continue where an image or mask of a finished sample has changed since."""
-    import dask
-
     samples = {sample.sample_id: sample for sample in dataset.samples}
     sources: dict[str, StoredSample] = {}
     for stored in registered:
@@ -437,12 +436,8 @@ def _check_unchanged(
         return
     logger.info("Holding %d images of finished samples against their marks", len(sources))
     finished = list(sources.values())
-    hashes = dask.compute(
-        *(
-            dask.delayed(dataset.source_hashes)(samples[stored.sample_id].source)
-            for stored in finished
-        ),
-        scheduler="threads",
+    hashes = iterate_threads(
+        dataset.source_hashes, (samples[stored.sample_id].source for stored in finished)
     )
     for stored, (image, mask) in zip(finished, hashes, strict=True):
         mark = writer.store.read_mark(stored)

@@ -339,15 +339,16 @@ def _choose_min_area(
     """The smallest object to keep, chosen on validation images."""
     if not samples:
         return _MIN_AREA_UNCHOSEN
-    masks, targets = [], []
-    for number, found in enumerate(segmenter.predictions(samples)):
-        target = segmenter.instances(found.sample)
-        height, width = target.shape
-        masks.append(_object_mask(card, found, (height, width)))
-        targets.append(target)
-        if progress is not None:
-            progress(number + 1, len(samples) + evaluated, "validation: smallest object")
-    return choose_min_area(masks, targets)
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for number, found in enumerate(segmenter.predictions(samples)):
+            target = segmenter.instances(found.sample)
+            height, width = target.shape
+            yield _object_mask(card, found, (height, width)), target
+            if progress is not None:
+                progress(number + 1, len(samples) + evaluated, "validation: smallest object")
+
+    return choose_min_area(pairs())
 
 
 def _interval_groups(
