@@ -23,7 +23,7 @@ from pathsegdiff.diffusion.bundle import Bundle
 from pathsegdiff.errors import DataError, StoreError
 from pathsegdiff.features.claims import Claim
 from pathsegdiff.features.stage_one import PreparedRegion, RegionFeatures, StageOne, View
-from pathsegdiff.features.store import DatasetCard, StoredSample, sample_bytes
+from pathsegdiff.features.store import DatasetCard, FeatureStore, StoredSample, sample_bytes
 from pathsegdiff.features.writer import SampleArrays, StoreWriter
 from pathsegdiff.provenance import provenance
 
@@ -109,8 +109,8 @@ def extract_dataset(
         stores: One path for each of its views.
 
     Raises:
-        StoreError: If a store was made with other settings, or holds a sample whose image or mask
-            has changed since.
+        StoreError: If a store was made with other settings, holds a sample whose image or mask has
+            changed since, or lacks something that was written: it was removed meanwhile.
         DataError: If an image or mask cannot be read; all finished samples are kept.
     """
     if not dataset.samples:
@@ -140,6 +140,8 @@ def extract_dataset(
             if not writer.store.is_complete(stored)
         }
     written = _Extraction(dataset, stage_one, writers, todo, progress).run()
+    for writer in writers.values():
+        _check_there(dataset, writer.path)
     return [
         StoreResult(
             path=Path(path),
@@ -421,6 +423,22 @@ class _Claims:
     sample: Sample
     stored: dict[View, StoredSample]
     claims: dict[View, Claim]
+
+
+def _check_there(dataset: Dataset, path: Path) -> None:
+    """Look at the finished store as a reader does.
+
+    What is written after a folder was removed makes parts of it anew, so that no write need fail.
+    """
+    store = FeatureStore.open(path)
+    store.check_arrays()
+    complete = {sample.sample_id for sample in store.samples()}
+    gone = [sample.sample_id for sample in dataset.samples if sample.sample_id not in complete]
+    if gone:
+        raise StoreError(
+            f"{path}: {len(gone)} of {len(dataset.samples)} samples are gone ({gone[0]}, ...), "
+            "something else has changed the store meanwhile; run the extraction again"
+        )
 
 
 def _check_unchanged(
