@@ -136,8 +136,8 @@ def repair(
         return
     # Before a mark is taken away: it must be known how to go on.
     command = [] if marks_only else _extraction(writer.store, store, data_root, model)
+    writer.forget(*damaged.values())
     for sample in damaged.values():
-        writer.forget(sample)
         click.echo(f"{sample.sample_id}: will be extracted again")
     for sample in missing:
         click.echo(f"{sample.sample_id}: is not complete, will be extracted")

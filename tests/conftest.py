@@ -2,6 +2,9 @@
 
 import os
 
+# As psd does it: read when torch is loaded. Two threads that spin are slow beside other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -1,5 +1,7 @@
 """A micro bundle and stage 1 settings for tests."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,23 @@ from pathsegdiff.diffusion.bundle import Bundle, init_bundle, load_bundle
 from pathsegdiff.features.stage_one import StageOne, View
 
 T50 = View(timestep=50, conditioning="encoder")
+#: Of a level's largest value: what another batch size or number of threads may change in float32.
+#: Convolutions and matrix products of another shape are cut into other blocks, whose sums are
+#: rounded in another order. The largest that was seen is 1.1e-5 (micro bundle, batches of 1, 3
+#: and 8, 1 and 2 threads, x86-64). Noise is bitwise equal, and all is with the same batch, threads
+#: and device.
+TOLERANCE = 5e-5
+
+
+@contextmanager
+def computing_on(threads: int) -> Iterator[None]:
+    """Let torch compute on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_bundle(folder: Path, seed: int = 0) -> Bundle:

@@ -9,8 +9,9 @@ import pytest
 
 from cli.main import run
 from pathsegdiff.features.seal import sealed, unsealed
+from pathsegdiff.features.stage_one import StageOne
 from pathsegdiff.features.store import FeatureStore, checksum
-from tests.helpers_stage_one import make_bundle, write_dataset
+from tests.helpers_stage_one import TOLERANCE, make_bundle, write_dataset
 
 
 @pytest.fixture
@@ -42,6 +43,42 @@ def test_extract_says_what_it_wrote_and_resumes(place, capsys):
         0,
         "0 samples written, 2 already complete: features/discs-micro-t50.zarr\n",
     )
+
+
+def test_batches_of_1_3_and_8_give_the_same_store_but_for_rounding(place, capsys, monkeypatch):
+    """Nine patches, so that no size divides them all and none is cut short."""
+    manifest = place / "data" / "discs.toml"
+    manifest.write_text(manifest.read_text().replace("region_px = 512", "region_px = 768"))
+    noise = []
+    real = StageOne.prepare
+
+    def prepare(self, image, sample_id):
+        region = real(self, image, sample_id)
+        noise.append(region.noise.numpy().tobytes())
+        return region
+
+    monkeypatch.setattr(StageOne, "prepare", prepare)
+    stores = []
+    options = (*EXTRACT, "--split", "test", "--dtype", "float32")
+    for size in (1, 3, 8):
+        arguments = (*options, "--batch-size", size, "--out", f"{size}.zarr")
+        assert psd(capsys, *arguments)[0] == 0
+        stores.append(FeatureStore.open(f"{size}.zarr"))
+        # The size is no part of the recipe: any other goes on with the store.
+        assert psd(capsys, *options, "--batch-size", 2, "--out", f"{size}.zarr")[1].startswith("0 ")
+    assert noise == [noise[0]] * 3
+    plain, sample = stores[1], stores[1].samples()[0]
+    for store in stores:
+        assert store.fingerprint == plain.fingerprint
+        assert store.image(sample).tobytes() == plain.image(sample).tobytes()
+        assert store.label(sample).tobytes() == plain.label(sample).tobytes()
+        for name in plain.levels:
+            expected = plain.read_level(sample, name)
+            limit = TOLERANCE * np.abs(expected).max()
+            np.testing.assert_allclose(store.read_level(sample, name), expected, rtol=0, atol=limit)
+        np.testing.assert_allclose(
+            store.embedding(sample), plain.embedding(sample), rtol=TOLERANCE, atol=TOLERANCE
+        )
 
 
 def test_several_timesteps_and_both_conditions_make_named_stores(place, capsys):

@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +13,12 @@ from pathsegdiff.errors import RunError, StoreError
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.segmentation.evaluate import evaluate_run
 from pathsegdiff.segmentation.runs import load_run
-from pathsegdiff.segmentation.scoring import Prediction, _score_objects, object_mask
+from pathsegdiff.segmentation.scoring import (
+    Prediction,
+    _choose_min_area,
+    _score_objects,
+    object_mask,
+)
 from tests.helpers_head import train_small
 from tests.helpers_store import (
     GLANDS,
@@ -285,3 +291,33 @@ def test_an_unfinished_training_is_said(trained, store, tmp_path):
     assert "the training has not finished: this head is the one kept so far, of " in found.notes[1]
     again = evaluate_run(load_run(trained), store, out=tmp_path / "again")
     assert not any("has not finished" in note for note in again.notes)
+
+
+def test_the_smallest_object_is_chosen_without_keeping_the_validation_images(store):
+    class Watched:
+        """Predicts the label, and counts the object maps that are alive."""
+
+        def __init__(self):
+            self.given, self.most = [], 0
+
+        def predictions(self, samples):
+            for sample in samples:
+                label = store.label(sample)
+                logits = np.stack([label == 0, label == 1]).astype(np.float32)
+                yield Prediction(
+                    sample=sample,
+                    target=label,
+                    labels=label,
+                    probabilities=torch.from_numpy(logits),
+                )
+
+        def instances(self, sample):
+            found = store.instances(sample)
+            self.given.append(weakref.ref(found))
+            self.most = max(self.most, sum(given() is not None for given in self.given))
+            return found
+
+    watched = Watched()
+    assert _choose_min_area(watched, store.card, store.samples(), 0, None) == 0
+    assert len(watched.given) == 9
+    assert watched.most <= 2

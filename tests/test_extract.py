@@ -9,7 +9,7 @@ from PIL import Image
 from pathsegdiff.data.manifest import open_dataset
 from pathsegdiff.errors import DataError, StoreError
 from pathsegdiff.features.extract import WRITERS, extract_dataset, plan_extraction
-from pathsegdiff.features.stage_one import View, iterate_views
+from pathsegdiff.features.stage_one import StageOne, View, iterate_views
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.features.verify import verify_store
 from tests.helpers_stage_one import T50, make_bundle, make_stage_one, plain_dense, write_dataset
@@ -118,6 +118,39 @@ def test_splits_extracted_one_after_the_other_give_the_same_samples(bundle, mani
         for level in a.levels:
             first, second = a.read_level(sample, level), b.read_level(same, level)
             assert first.tobytes() == second.tobytes()
+
+
+def everything(store, sample):
+    """All that a store holds of a sample, byte by byte."""
+    found = {name: store.read_level(sample, name).tobytes() for name in store.levels}
+    for name in ("label", "image", "embedding", "instances"):
+        found[name] = getattr(store, name)(sample).tobytes()
+    return found
+
+
+def test_the_order_of_the_samples_changes_no_bit_of_any(bundle, manifest, tmp_path, monkeypatch):
+    noise = {}
+    real = StageOne.prepare
+
+    def prepare(self, image, sample_id):
+        region = real(self, image, sample_id)
+        noise.setdefault(sample_id, []).append(region.noise.numpy().tobytes())
+        return region
+
+    monkeypatch.setattr(StageOne, "prepare", prepare)
+    extract(manifest, bundle, tmp_path / "a.zarr")
+    rows = manifest.with_suffix(".csv").read_text().splitlines()
+    manifest.with_suffix(".csv").write_text("\n".join([rows[0], *rows[:0:-1]]) + "\n")
+    extract(manifest, bundle, tmp_path / "b.zarr")
+    a, b = FeatureStore.open(tmp_path / "a.zarr"), FeatureStore.open(tmp_path / "b.zarr")
+    names = [sample.sample_id for sample in a.samples()]
+    assert names == [sample.sample_id for sample in b.samples()][::-1] == list(noise)
+    for first, second in zip(a.samples(), b.samples()[::-1], strict=True):
+        assert everything(a, first) == everything(b, second)
+    for drawn in noise.values():
+        assert len(drawn) == 2
+        assert drawn[0] == drawn[1]
+    assert len(set(map(tuple, noise.values()))) == 3  # and no two samples share theirs
 
 
 def test_a_store_grows_with_its_data_set_and_a_renamed_class_changes_nothing(

@@ -288,20 +288,18 @@ def test_the_minimum_area_drops_specks_and_keeps_glands():
     target[5:25, 5:25], target[32:56, 32:56] = 1, 2
     mask = target > 0
     mask[2:4, 50:58] = mask[50:57, 5:15] = True  # 16 and 70 pixels of nothing
-    assert choose_min_area([mask], [target]) == 100
+    assert choose_min_area([(mask, target)]) == 100
     # Every area from 71 to 400 drops the same: the smallest wins, in whatever order they come.
-    assert choose_min_area([mask], [target], candidates=(400, 200, 75, 71, 0)) == 71
+    assert choose_min_area([(mask, target)], candidates=(400, 200, 75, 71, 0)) == 71
 
 
 def test_the_minimum_area_is_zero_where_nothing_is_gained_or_known():
     target = np.zeros((20, 20), np.int32)
     target[5:15, 5:15] = 1
-    assert choose_min_area([target > 0], [target]) == 0
-    assert choose_min_area([], []) == min(MIN_AREA_CANDIDATES) == 0
+    assert choose_min_area([(target > 0, target)]) == 0
+    assert choose_min_area([]) == min(MIN_AREA_CANDIDATES) == 0
     with pytest.raises(ValueError, match="candidate"):
-        choose_min_area([target > 0], [target], candidates=())
-    with pytest.raises(ValueError, match="1 masks, 0 instance maps"):
-        choose_min_area([target > 0], [])
+        choose_min_area([(target > 0, target)], candidates=())
 
 
 @pytest.mark.parametrize("grown", [False, True])
@@ -316,4 +314,5 @@ def test_the_chosen_minimum_area_is_the_best_of_all_scored_one_by_one(grown):
         split = pool_objects(list(map(image_object_scores, targets, objects)))
         quality.append(round(split.f1 + split.dice, 12))
     expected = candidates[int(np.argmax(quality))]
-    assert choose_min_area(masks, targets, candidates, grown=grown) == expected
+    pairs = zip(masks, targets, strict=True)
+    assert choose_min_area(pairs, candidates, grown=grown) == expected

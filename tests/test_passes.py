@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from pathsegdiff.data import passes
 from pathsegdiff.data.manifest import open_dataset
-from pathsegdiff.data.passes import class_pixel_counts, map_threads
+from pathsegdiff.data.passes import class_pixel_counts, iterate_threads, map_threads
 from pathsegdiff.errors import DataError
 from tests.helpers_data import make_bcss, make_glas
 
@@ -49,3 +50,19 @@ def test_a_pass_keeps_the_order_and_raises_the_error():
     with pytest.raises(DataError, match="three"):
         map_threads(fail, range(5))
     assert map_threads(fail, []) == []
+
+
+def test_a_pass_is_no_more_than_a_block_ahead_of_who_uses_its_results(monkeypatch):
+    monkeypatch.setattr(passes, "BLOCK", 4)
+    made = []
+
+    def square(value):
+        made.append(value)
+        return value * value
+
+    used = 0
+    for number, result in enumerate(iterate_threads(square, iter(range(50)))):
+        assert result == number * number
+        used += 1
+        assert len(made) == min(50, 4 * (number // 4 + 1))
+    assert used == 50

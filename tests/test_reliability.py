@@ -593,6 +593,33 @@ def test_a_folder_that_may_not_be_written_to_is_one_line(closed):
     shutil.rmtree(store)
 
 
+@pytest.mark.parametrize("part", ["zarr.json", "samples.json", "label", "marks/00000000.json"])
+def test_a_store_that_is_removed_in_part_is_said_although_every_write_succeeds(
+    part, monkeypatch, capsys
+):
+    from pathsegdiff.features import extract
+
+    real, regions = extract.StageOne.run, []
+
+    def remove(self, *arguments):
+        regions.append(1)
+        if len(regions) == 5:  # the last of them
+            deadline = time.monotonic() + 120
+            while not list(Path("partly.zarr").glob("marks/00000003.json")):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            target = Path("partly.zarr", part)
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extract.StageOne, "run", remove)
+        assert run([*EXTRACT, "partly.zarr"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("Error: ") and "partly.zarr" in error
+    shutil.rmtree("partly.zarr", ignore_errors=True)
+
+
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount here")
 def test_a_small_disk_that_fills_up_and_one_that_is_read_only_are_one_line(tmp_path, capsys):
     """On a disk of its own, where the system lets us mount one."""

@@ -13,6 +13,7 @@ from pathsegdiff.segmentation.sampling import (
     RegionReader,
     axis_window,
     crop_step,
+    epoch_order,
     grid_batch,
     head_levels,
     prefetch,
@@ -234,6 +235,14 @@ def test_every_sample_is_seen_once_per_epoch(store):
         assert [len(batch) for batch in requests] == [2, 2, 1]
         seen = sorted(request.sample.index for batch in requests for request in batch)
         assert seen == [0, 1, 2, 3, 4]
+
+
+def test_the_order_of_an_epoch_is_drawn_once_and_not_in_each_of_its_steps(store):
+    reader = RegionReader(store, head_levels(store), 64)
+    epoch_order.cache_clear()
+    for step in range(15):
+        training_requests(reader, store.samples("train"), step, batch_size=1, seed=12)
+    assert epoch_order.cache_info().misses == 3
 
 
 def test_what_a_step_sees_depends_on_seed_and_step_alone(store):

@@ -6,7 +6,7 @@ import torch
 
 from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.stage_one import View, iterate_views
-from tests.helpers_stage_one import T50, make_bundle, make_stage_one
+from tests.helpers_stage_one import T50, TOLERANCE, computing_on, make_bundle, make_stage_one
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +20,52 @@ def image():
     return rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)
 
 
+@pytest.fixture(scope="module")
+def wide():
+    """Eight patches: no batch of 8 is cut short."""
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 256, (512, 1024, 3), dtype=np.uint8)
+
+
 def run(stage_one, image, views=None):
     return stage_one.run(stage_one.prepare(image, "sample"), views)
 
 
+@pytest.fixture(scope="module")
+def plain(bundle, wide):
+    """Noise and everything that is kept of a region of eight patches: batches of 3, one thread."""
+    return numbers(bundle, wide, 3, 1)
+
+
+def numbers(bundle, image, batch_size, threads):
+    """Noise and everything that stage 1 makes of a region."""
+    with computing_on(threads):
+        stage_one = make_stage_one(bundle, batch_size=batch_size, dtype="float32", tokens=True)
+        region = stage_one.prepare(image, "sample")
+        found = stage_one.run(region)
+    kept = {**found.levels[T50], "tokens": found.tokens, "embedding": found.embedding}
+    return region.noise.numpy(), kept
+
+
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_the_batch_size_does_not_change_the_features(bundle, image, batch_size):
-    one = run(make_stage_one(bundle, batch_size=4, dtype="float32"), image).levels[T50]
-    other = run(make_stage_one(bundle, batch_size=batch_size, dtype="float32"), image).levels[T50]
-    for name in one:
-        scale = np.abs(one[name]).max()
-        np.testing.assert_allclose(other[name], one[name], atol=2e-5 * scale)
+def test_batch_size_and_threads_change_no_noise_and_features_by_rounding_only(
+    bundle, wide, plain, batch_size, threads
+):
+    noise, kept = numbers(bundle, wide, batch_size, threads)
+    assert noise.tobytes() == plain[0].tobytes()
+    assert set(kept) == {"stride_4", "stride_8", "stride_16", "stride_32", "tokens", "embedding"}
+    for name, values in kept.items():
+        scale = np.abs(plain[1][name]).max()
+        np.testing.assert_allclose(values, plain[1][name], rtol=0, atol=TOLERANCE * scale)
+        if (batch_size, threads) == (3, 1):
+            assert values.tobytes() == plain[1][name].tobytes()
+
+
+def test_two_threads_give_the_same_bits_each_time(bundle, image):
+    first, second = (numbers(bundle, image, 3, 2) for _ in range(2))
+    for name, values in first[1].items():
+        assert values.tobytes() == second[1][name].tobytes()
 
 
 def test_the_same_call_gives_the_same_bits(bundle, image):

@@ -1,7 +1,14 @@
 """The feature store: what is written is read, and what is damaged is refused."""
 
+import gc
+import itertools
 import json
+import re
 import shutil
+import sys
+import weakref
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -172,27 +179,54 @@ def test_a_sample_that_changed_its_split_is_listed_in_the_new_one(tmp_path):
     assert store.label(store.samples("test")[0]).shape == (64, 64)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("timestep", 100, r"was made with timestep 50, this run asks for 100\. Use --t 50, or"),
-        ("seed", 1, r"seed 0, this run asks for 1\. Use --seed 0"),
-        (
-            "conditioning",
-            "none",
-            r"conditioning encoder, this run asks for none.*Use --cond encoder",
-        ),
-        ("dtype", "float32", r"dtype float16, this run asks for float32.*Use --dtype float16"),
-        ("precision", "bfloat16", r"precision float32, this run asks for bfloat16"),
-        ("model_sha256", "c" * 64, r"model_sha256 aaaaaaaaaaaa, this run asks for cccccccccccc"),
-        ("dataset_sha256", "c" * 64, r"dataset_sha256 bbbbbbbbbbbb, this run asks for"),
-        ("taps", ("up_08",), r"taps middle,up_00.*this run asks for up_08\. Use --taps middle"),
-    ],
-)
+#: Every field of a recipe with another value than the one it was made with.
+OTHER_RECIPES = [
+    ("timestep", 100, r"was made with timestep 50, this run asks for 100\. Use --t 50"),
+    ("seed", 1, r"seed 0, this run asks for 1\. Use --seed 0"),
+    ("conditioning", "none", r"conditioning encoder, this run asks for none\. Use --cond encoder"),
+    ("dtype", "float32", r"dtype float16, this run asks for float32\. Use --dtype float16"),
+    (
+        "precision",
+        "bfloat16",
+        r"precision float32, this run asks for bfloat16\. Use --precision float32",
+    ),
+    (
+        "model_sha256",
+        "c" * 64,
+        r"model_sha256 a{12}, this run asks for c{12}\. Use --model with the bundle that it was",
+    ),
+    (
+        "dataset_sha256",
+        "c" * 64,
+        r"dataset_sha256 b{12}, this run asks for c{12}\. Use the manifest and --mpp that it was",
+    ),
+    ("taps", ("up_08",), r"taps middle,up_00.*this run asks for up_08\. Use --taps middle,up_00"),
+    ("layout", "dense", r"layout levels, this run asks for dense\. Use --layout levels"),
+    ("tokens", True, r"tokens False, this run asks for True\. Use --no-tokens"),
+]
+
+
+def test_every_field_of_a_recipe_is_tried():
+    assert {field for field, _, _ in OTHER_RECIPES} == {field.name for field in fields(Recipe)}
+
+
+@pytest.mark.parametrize(("field", "value", "message"), OTHER_RECIPES)
 def test_another_recipe_is_refused_by_field_and_value(tmp_path, field, value, message):
     path = damaged(tmp_path)
-    with pytest.raises(StoreError, match=message):
+    before = sorted(path.rglob("*"))
+    with pytest.raises(StoreError, match=rf"{message}.*, or another --out\.$"):
         open_writer(path, **{field: value})
+    assert sorted(path.rglob("*")) == before
+
+
+def test_where_several_fields_differ_the_way_out_mends_all_of_them(tmp_path):
+    path = damaged(tmp_path)
+    message = (
+        r"timestep 50, this run asks for 100; seed 0, this run asks for 3\. "
+        r"Use --t 50 and --seed 0, or another --out\.$"
+    )
+    with pytest.raises(StoreError, match=message):
+        open_writer(path, timestep=100, seed=3)
 
 
 def test_a_value_that_float16_cannot_hold_is_refused_and_float32_offered(tmp_path):
@@ -294,6 +328,97 @@ def test_a_forgotten_sample_is_no_longer_complete(tmp_path):
     writer.forget(writer.store.samples()[0])
     names = [sample.sample_id for sample in FeatureStore.open(path).samples()]
     assert names == ["train_1", "test_0"]
+
+
+def test_many_samples_are_forgotten_with_one_look_at_the_table(tmp_path, monkeypatch):
+    path = damaged(tmp_path)
+    writer = open_existing(path)
+    looks = []
+    real = FeatureStore.reload
+    monkeypatch.setattr(FeatureStore, "reload", lambda self: (looks.append(1), real(self)))
+    writer.forget(*writer.store.samples())
+    assert looks == [1]
+    assert writer.store.samples() == FeatureStore.open(path).samples() == ()
+
+
+_accesses: list[tuple[str, str]] | None = None
+
+
+def _note_access(event, arguments):
+    if _accesses is not None and event in ("open", "os.listdir", "os.scandir"):
+        _accesses.append((event, str(arguments[0])))
+
+
+def accesses(path, work):
+    """Every file that is opened and folder that is listed while something is done, by its key."""
+    global _accesses
+    if not hasattr(sys, "_psd_accesses_noted"):
+        sys.addaudithook(_note_access)  # for good: there is no taking it back
+        sys._psd_accesses_noted = True
+    _accesses = []
+    try:
+        work()
+        return [(event, name[len(str(path)) :]) for event, name in _accesses if str(path) in name]
+    finally:
+        _accesses = None
+
+
+def test_what_a_sample_costs_does_not_depend_on_the_number_of_samples(tmp_path):
+    """Files opened and folders listed: neither the table nor all marks for each sample."""
+    rng = np.random.default_rng(0)
+    label = make_label(rng, GLANDS, 64)
+    arrays = make_arrays(rng, label, GLANDS, TAPS, 32)
+    found = []
+    for number in (2, 40):
+        path = tmp_path / f"{number}.zarr"
+        with open_writer(path) as writer:
+            samples = writer.register(make_samples(number, 0))
+            writer.write(samples[0], arrays)  # opens the arrays
+
+            def write(writer=writer, sample=samples[-1]):
+                claim = writer.claim(sample)
+                writer.write(sample, arrays)
+                claim.release(finished=True)
+
+            written = accesses(path, write)
+        store = FeatureStore.open(path)
+
+        def read(store=store):
+            sample = store.samples()[-1]
+            for level in store.levels:
+                store.read_level(sample, level)
+            for part in (store.label, store.image, store.embedding, store.instances):
+                part(sample)
+
+        read()  # opens the arrays
+        store._checked.clear()
+        parts = [written, accesses(path, read)]
+        parts.append(accesses(path, lambda s=store: verify_sample(s, s.samples()[-1])))
+        # Names without the index, and temporary ones without their random part.
+        plain = partial(re.sub, r"\.[0-9a-f]{32}\.|\d+", "N")
+        found.append([sorted((event, plain(name)) for event, name in p) for p in parts])
+        assert all(part for part in parts)
+        for event, name in itertools.chain(*parts):
+            assert not name.startswith("/samples.json")
+            assert event == "open" or name not in ("", "/marks")
+    assert found[0] == found[1]
+
+
+def test_the_objects_of_a_sample_that_was_read_are_not_kept(tmp_path, monkeypatch):
+    store = build_store(tmp_path / "s.zarr", train=4, test=0)
+    opened = []
+    real = FeatureStore._array
+
+    def watched(self, name):
+        array = real(self, name)
+        opened.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(FeatureStore, "_array", watched)
+    for sample in store.samples():
+        store.instances(sample)
+    gc.collect()
+    assert [array() for array in opened] == [None] * 4
 
 
 def test_a_sample_is_written_by_the_one_who_has_its_claim(tmp_path):

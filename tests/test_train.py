@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from pathsegdiff.data import passes as data_passes
 from pathsegdiff.data.regions import RegionRule
 from pathsegdiff.errors import RunError, StoreError
 from pathsegdiff.features.store import FeatureStore, StoredSample
+from pathsegdiff.segmentation import passes as segmentation_passes
 from pathsegdiff.segmentation.passes import channel_statistics, class_pixel_counts
 from pathsegdiff.segmentation.sampling import head_levels
 from pathsegdiff.segmentation.splits import (
@@ -88,6 +91,32 @@ def test_channel_statistics_are_those_of_a_plain_loop(store):
         mean, std = statistics[level.name]
         np.testing.assert_allclose(mean, stack.mean(axis=(0, 2, 3)), rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(std, stack.std(axis=(0, 2, 3)), rtol=1e-12)
+
+
+def test_channel_statistics_keep_no_sample_in_memory_and_are_the_same_in_blocks_of_any_size(
+    store, monkeypatch
+):
+    levels = head_levels(store)
+    samples = store.samples("train")
+    whole = channel_statistics(store, levels, samples)
+    monkeypatch.setattr(data_passes, "BLOCK", 2)
+    parts, most = [], 0
+    real = segmentation_passes._level_moments
+
+    def watched(*arguments):
+        nonlocal most
+        found = real(*arguments)
+        parts.append(weakref.ref(found[1]))
+        most = max(most, sum(part() is not None for part in parts))
+        return found
+
+    monkeypatch.setattr(segmentation_passes, "_level_moments", watched)
+    blocks = channel_statistics(store, levels, samples)
+    assert len(parts) == 8 * len(levels)
+    assert most <= 4 * len(levels)  # a block that is used, and the next
+    for name, (mean, std) in whole.items():
+        assert mean.tobytes() == blocks[name][0].tobytes()
+        assert std.tobytes() == blocks[name][1].tobytes()
 
 
 def test_a_channel_that_never_changes_is_not_blown_up(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -12,6 +13,8 @@ if TYPE_CHECKING:  # the manifest module uses map_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+#: Calls that are made ahead of the one whose result is used.
+BLOCK = 128
 
 
 def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -19,10 +22,20 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
 
     The first error that a call raises is raised here.
     """
+    return list(iterate_threads(function, items))
+
+
+def iterate_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """The results of ``map_threads`` one after the other, made a block at a time.
+
+    Whoever merges them as they come needs no more memory for many items than for few.
+    """
     import dask
 
-    tasks = [dask.delayed(function, pure=False)(item) for item in items]
-    return list(dask.compute(*tasks, scheduler="threads"))
+    remaining = iter(items)
+    while block := list(islice(remaining, BLOCK)):
+        tasks = [dask.delayed(function, pure=False)(item) for item in block]
+        yield from dask.compute(*tasks, scheduler="threads")
 
 
 def class_pixel_counts(dataset: Dataset, split: str | None = None, *, seed: int = 0) -> np.ndarray:
@@ -53,6 +66,6 @@ def class_pixel_counts(dataset: Dataset, split: str | None = None, *, seed: int 
         return total
 
     total = np.zeros(dataset.scheme.num_classes, np.int64)
-    for counts in map_threads(count, by_source.values()):
+    for counts in iterate_threads(count, by_source.values()):
         total += counts
     return total

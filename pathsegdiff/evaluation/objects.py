@@ -19,7 +19,7 @@ and as the mean over images. Two empty maps are a perfect image.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -447,8 +447,7 @@ def pool_objects(images: Sequence[ImageObjects]) -> SplitObjects:
 
 
 def choose_min_area(
-    masks: Sequence[np.ndarray],
-    instances: Sequence[np.ndarray],
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
     candidates: Sequence[int] = MIN_AREA_CANDIDATES,
     *,
     grown: bool = False,
@@ -459,23 +458,19 @@ def choose_min_area(
     area. The Hausdorff distance takes no part: it is infinite once an image loses all its objects.
 
     Args:
-        masks: (H, W) bool predictions, each at its image's original size.
-        instances: (H, W) integer target maps, in the same order.
+        pairs: (H, W) bool prediction and (H, W) integer target map of each image, at its original
+            size. One pair at a time is looked at; none at all choose the smallest area.
         candidates: Areas in pixels.
         grown: Whether what is kept is grown before it is scored (``grow_objects``).
 
     Raises:
-        ValueError: If there is nothing to choose from, or the sequences differ in length.
+        ValueError: If there is nothing to choose from.
     """
     if not candidates:
         raise ValueError("need at least one candidate area")
-    if len(masks) != len(instances):
-        raise ValueError(f"{len(masks)} masks, {len(instances)} instance maps")
-    if not masks:
-        return min(candidates)
     areas = sorted(set(candidates))
     sums = np.zeros((len(areas), len(SUM_COLUMNS)))
-    for mask, target in zip(masks, instances, strict=True):
+    for mask, target in pairs:
         everything = objects_from_mask(mask)
         size = np.bincount(everything.ravel())
         scored: dict[bytes, np.ndarray] = {}  # most candidates drop the same objects

@@ -22,6 +22,7 @@ import numpy as np
 from pathsegdiff.config import Recipe
 from pathsegdiff.data.manifest import Dataset, Region, Sample
 from pathsegdiff.data.manifest_file import reference
+from pathsegdiff.data.passes import iterate_threads
 from pathsegdiff.device import device_name
 from pathsegdiff.diffusion.bundle import Bundle
 from pathsegdiff.errors import DataError, StoreError
@@ -118,7 +119,8 @@ def extract_dataset(
 
     Raises:
         StoreError: If a store was made with other settings, holds a sample whose image or mask has
-            changed since, or the disk is full (saying how much room is missing).
+            changed since or that was removed meanwhile, or the disk is full (saying how much room
+            is missing).
         DataError: If an image or mask cannot be read. All finished samples are kept.
     """
     if not dataset.samples:
@@ -153,6 +155,8 @@ def extract_dataset(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise _no_room(writers, todo) from None
+    for writer in writers.values():
+        _check_there(dataset, writer.path)
     return [
         StoreResult(
             path=Path(path),
@@ -471,12 +475,26 @@ class _Claims:
     claims: dict[View, Claim]
 
 
+def _check_there(dataset: Dataset, path: Path) -> None:
+    """Look at the finished store as a reader does.
+
+    What is written after a folder was removed makes parts of it anew, so that no write need fail.
+    """
+    store = FeatureStore.open(path)
+    store.check_arrays()
+    complete = {sample.sample_id for sample in store.samples()}
+    gone = [sample.sample_id for sample in dataset.samples if sample.sample_id not in complete]
+    if gone:
+        raise StoreError(
+            f"{path}: {len(gone)} of {len(dataset.samples)} samples are gone ({gone[0]}, ...), "
+            "something else has changed the store meanwhile; run the extraction again"
+        )
+
+
 def _check_unchanged(
     dataset: Dataset, writer: StoreWriter, registered: Sequence[StoredSample]
 ) -> None:
     """Refuse to continue where an image or mask of a finished sample has changed since."""
-    import dask
-
     samples = {sample.sample_id: sample for sample in dataset.samples}
     sources: dict[str, StoredSample] = {}
     for stored in registered:
@@ -486,12 +504,8 @@ def _check_unchanged(
         return
     logger.info("Holding %d images of finished samples against their marks", len(sources))
     finished = list(sources.values())
-    hashes = dask.compute(
-        *(
-            dask.delayed(dataset.source_hashes)(samples[stored.sample_id].source)
-            for stored in finished
-        ),
-        scheduler="threads",
+    hashes = iterate_threads(
+        dataset.source_hashes, (samples[stored.sample_id].source for stored in finished)
     )
     for stored, (image, mask) in zip(finished, hashes, strict=True):
         mark = writer.store.read_mark(stored)

@@ -456,8 +456,9 @@ class FeatureStore:
                 ) from None
             if not isinstance(array, zarr.Array):
                 raise StoreError(f"{self.path}: {name} is not an array; {_mend(self.path)}")
-            if not name.startswith("instances/"):
-                self._check_shape(name, array)
+            if name.startswith("instances/"):
+                return array  # of one sample: kept, they would fill the memory of a long pass
+            self._check_shape(name, array)
             self._arrays[name] = array
         return self._arrays[name]
 

@@ -2,9 +2,9 @@
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
-import dask
-
+from pathsegdiff.data.passes import iterate_threads
 from pathsegdiff.errors import StoreError
 from pathsegdiff.features.backup import copy_problem
 from pathsegdiff.features.store import BACKUP_KEY, FeatureStore, StoredSample, row_key
@@ -30,9 +30,7 @@ def verify_store(store: FeatureStore) -> list[Finding]:
         StoreError: If an array of the store itself is missing or damaged.
     """
     store.check_arrays()
-    samples = store.samples()
-    checks = [dask.delayed(verify_sample)(store, sample) for sample in samples]
-    results = dask.compute(*checks, scheduler="threads")
+    results = iterate_threads(partial(verify_sample, store), store.samples())
     findings = [finding for result in results for finding in result]
     problem = copy_problem(store.get(BACKUP_KEY))
     if problem is not None:

@@ -249,11 +249,11 @@ class StoreWriter:
         }
         put_bytes(self.path / mark_key(sample.index), sealed(mark, indent=1))
 
-    def forget(self, sample: StoredSample) -> None:
-        """Take a sample's completion mark away, so that it is extracted again."""
-        mark = self.path / mark_key(sample.index)
-        mark.unlink(missing_ok=True)
-        sync(mark.parent)
+    def forget(self, *samples: StoredSample) -> None:
+        """Take completion marks away, so that the samples are extracted again."""
+        for sample in samples:
+            (self.path / mark_key(sample.index)).unlink(missing_ok=True)
+        sync(self.path / MARKS_FOLDER)
         self._reload()
 
     def _reload(self) -> None:
@@ -321,9 +321,7 @@ def check_recipe(store: FeatureStore, recipe: Recipe) -> None:
         return
     theirs, ours = store.recipe.to_dict(), recipe.to_dict()
     parts = [f"{n} {_short(theirs[n])}, this run asks for {_short(ours[n])}" for n in differing]
-    first = differing[0]
-    # Nobody can give a hash as an option.
-    remedy = _SAME.get(first) or f"{_OPTIONS[first]} {_short(theirs[first])}"
+    remedy = " and ".join(_way_back(name, theirs[name]) for name in differing)
     raise StoreError(
         f"{store.path} was made with {'; '.join(parts)}. Use {remedy}, or another --out."
     )
@@ -496,6 +494,15 @@ def _put_unsynced(path: Path, content: bytearray) -> None:
     """Write a file; it counts once it is synced and a mark lists it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
+
+
+def _way_back(field: str, value: Any) -> str:
+    """What to ask for to get this value of a recipe's field."""
+    if field in _SAME:  # nobody can give a hash as an option
+        return _SAME[field]
+    if isinstance(value, bool):
+        return _OPTIONS[field] if value else f"--no-{_OPTIONS[field].removeprefix('--')}"
+    return f"{_OPTIONS[field]} {_short(value)}"
 
 
 def _short(value: Any) -> str:

@@ -1,29 +1,20 @@
 """Passes over the samples of a store: class counts and channel statistics.
 
-Each is a list of independent jobs, one per sample, which dask's threads run; the parts are merged
-in the order of the samples, so that the result is that of a plain loop, to the last bit.
+Each is a row of independent jobs, one per sample, which dask's threads run; the parts are merged
+in the order of the samples, as they come, so that the result is that of a plain loop, to the last
+bit, and no more than a block of parts is in memory.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
-import dask
 import numpy as np
 
+from pathsegdiff.data.passes import iterate_threads
 from pathsegdiff.features.store import FeatureStore, StoredSample
 from pathsegdiff.segmentation.head import HeadLevel
 
-Part = TypeVar("Part")
 #: (values, mean, sum of squared deviations) of each channel.
 Moments = tuple[int, np.ndarray, np.ndarray]
-
-
-def over_samples(
-    function: Callable[[StoredSample], Part], samples: Sequence[StoredSample]
-) -> list[Part]:
-    """Call ``function`` on each sample, on dask's threads; results in the order of the samples."""
-    jobs = [dask.delayed(function, pure=False)(sample) for sample in samples]
-    return list(dask.compute(*jobs, scheduler="threads"))
 
 
 def class_pixel_counts(store: FeatureStore, samples: Sequence[StoredSample]) -> np.ndarray:
@@ -34,7 +25,7 @@ def class_pixel_counts(store: FeatureStore, samples: Sequence[StoredSample]) -> 
         return np.bincount(store.label(sample).ravel(), minlength=256)[:num_classes]
 
     total = np.zeros(num_classes, np.int64)
-    for part in over_samples(count, samples):
+    for part in iterate_threads(count, samples):
         total += part
     return total
 
@@ -53,7 +44,7 @@ def channel_statistics(
         return [_level_moments(store, level, sample) for level in levels]
 
     merged: list[Moments] | None = None
-    for part in over_samples(moments, samples):
+    for part in iterate_threads(moments, samples):
         merged = part if merged is None else list(map(_merge, merged, part))
     if merged is None:
         raise ValueError("statistics need at least one sample")

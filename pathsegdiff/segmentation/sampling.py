@@ -275,7 +275,7 @@ def training_requests(
         flips: Mirror at random.
     """
     epoch, position = divmod(step, steps_per_epoch(len(samples), batch_size))
-    order = np.random.default_rng((seed, _ORDER_STREAM, epoch)).permutation(len(samples))
+    order = epoch_order(seed, epoch, len(samples))
     chosen = order[position * batch_size : (position + 1) * batch_size]
     return [
         reader.request(
@@ -285,6 +285,14 @@ def training_requests(
         )
         for index, number in enumerate(chosen)
     ]
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, number: int) -> np.ndarray:
+    """The order in which an epoch goes over so many samples; drawn once, not in each step."""
+    order = np.random.default_rng((seed, _ORDER_STREAM, epoch)).permutation(number)
+    order.flags.writeable = False
+    return order
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:

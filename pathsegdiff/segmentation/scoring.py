@@ -8,6 +8,7 @@ connected components of the object class are the predicted objects.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -339,16 +340,18 @@ def _choose_min_area(
     """The smallest object to keep, chosen on validation images."""
     if not samples:
         return _MIN_AREA_UNCHOSEN
-    masks, targets, grown = [], [], False
-    for number, found in enumerate(segmenter.predictions(samples)):
-        target = segmenter.instances(found.sample)
-        height, width = target.shape
-        masks.append(_object_mask(card, found, (height, width)))
-        targets.append(target)
-        grown = found.contours is not None
-        if progress is not None:
-            progress(number + 1, len(samples) + evaluated, "validation: smallest object")
-    return choose_min_area(masks, targets, grown=grown)
+    predictions = iter(segmenter.predictions(samples))
+    first = next(predictions)
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for number, found in enumerate(chain([first], predictions)):
+            target = segmenter.instances(found.sample)
+            height, width = target.shape
+            yield _object_mask(card, found, (height, width)), target
+            if progress is not None:
+                progress(number + 1, len(samples) + evaluated, "validation: smallest object")
+
+    return choose_min_area(pairs(), grown=first.contours is not None)
 
 
 def _interval_groups(

@@ -17,9 +17,10 @@ from pathsegdiff.data.regions import resize_image, resize_label
 from pathsegdiff.features.extract import dataset_card, stored_sample
 from pathsegdiff.features.store import StoredSample
 from pathsegdiff.pipeline.baselines.dcan import contours_of
+from pathsegdiff.segmentation.sampling import epoch_order
 
-#: Separates the random draws that share a seed and a step.
-_ORDER_STREAM, _AUGMENT_STREAM = 1, 2
+#: Separates its random draws from those of the order, which share its seed.
+_AUGMENT_STREAM = 2
 #: What augmentation draws from, each uniformly between the bounds, beside flips and quarter turns.
 #: Light: all is H&E of one data set.
 AUGMENTATION: dict[str, tuple[float, float]] = {
@@ -146,7 +147,7 @@ def training_batch(
     images, targets = [], []
     for index in range(batch_size):
         epoch, position = divmod(step * batch_size + index, len(pictures))
-        order = np.random.default_rng((seed, _ORDER_STREAM, epoch)).permutation(len(pictures))
+        order = epoch_order(seed, epoch, len(pictures))
         picture = pictures[int(order[position])]
         rng = np.random.default_rng((seed, _AUGMENT_STREAM, step, index))
         target = [picture.label] if picture.contour is None else [picture.label, picture.contour]
