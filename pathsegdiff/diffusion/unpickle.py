@@ -106,6 +106,10 @@ _REBUILD_TENSOR = frozenset(
         "torch._utils._rebuild_tensor_v3",
     }
 )
+#: What reading an entry of a damaged archive can raise; RuntimeError is an encrypted one.
+_UNREADABLE = (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError)
+#: What a broken pickle can raise while it is carried out.
+_BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError)
 _REBUILD_PARAMETER = frozenset(
     {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 )
@@ -218,11 +222,14 @@ class Checkpoint:
             self._last = None  # free it before the next one is read
             try:
                 self._last = storage.key, self._storages.read(storage)
-            except (_DamagedError, zipfile.BadZipFile, EOFError, OSError) as error:
+            except (_DamagedError, *_UNREADABLE) as error:
                 raise BundleError(f"{self.path}: {name} cannot be read: {error}") from None
-        view = torch.as_strided(self._last[1], ref.shape, ref.stride, ref.offset)
-        whole = ref.numel == storage.numel and view.is_contiguous()
-        return view if whole else view.clone(memory_format=torch.contiguous_format)
+        try:
+            view = torch.as_strided(self._last[1], ref.shape, ref.stride, ref.offset)
+            whole = ref.numel == storage.numel and view.is_contiguous()
+            return view if whole else view.clone(memory_format=torch.contiguous_format)
+        except RuntimeError:  # of an empty tensor, whose other sides can be anything
+            raise BundleError(f"{self.path}: {name} has an impossible shape") from None
 
 
 class _Storages:
@@ -349,7 +356,7 @@ class _ZipStorages(_Storages):
             raise _DamagedError(f"{name} has {info.file_size} bytes, more than any checkpoint's")
         try:
             return self._archive.read(info)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except _UNREADABLE as error:
             raise _DamagedError(f"{name} cannot be read ({error})") from None
 
     def _info(self, name: str) -> zipfile.ZipInfo:
@@ -378,7 +385,7 @@ def _read_legacy(path: Path, stream: IO[bytes], start: bytes) -> tuple[Any, _Sto
         )
     version = _Machine(storages.check).run(bounded)
     if version != 1001:
-        raise _DamagedError(f"its format version is {version!r:.40}, not 1001")
+        raise _DamagedError(f"its format version is {_shown(version)}, not 1001")
     info = _Machine(storages.check).run(bounded)
     if isinstance(info, dict) and info.get("little_endian") is not (sys.byteorder == "little"):
         raise BundleError(f"{path} was saved on a machine of another byte order")
@@ -492,7 +499,7 @@ class _Machine:
                 # pickletools warns of odd escapes in texts, which a damaged file is full of
                 warnings.simplefilter("ignore", DeprecationWarning)
                 return self._run(stream)
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        except _BROKEN as error:
             raise _DamagedError(f"its pickle is broken ({type(error).__name__})") from None
 
     def _run(self, stream: _Bounded) -> Any:
@@ -642,8 +649,8 @@ class _Machine:
         dtype = _STORAGE_DTYPES.get(kind.name.rpartition(".")[2])
         if dtype is None:
             raise _DamagedError(f"it has a storage of the unknown kind {kind.name!r:.60}")
-        if not isinstance(key, str) or type(numel) is not int or numel < 0:
-            raise _DamagedError(f"it has a storage of {numel!r:.40} elements")
+        if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 1 << 48:
+            raise _DamagedError(f"it has a storage of {_shown(numel)} elements")
         storage = StorageRef(key, dtype, numel)
         self._check_storage(storage)
         return storage
@@ -683,7 +690,7 @@ class _Machine:
         """What a call would give; only the calls that make tensors and dictionaries give one."""
         if not isinstance(function, _Global):
             # e.g. the result of a call that was skipped: only an attack chains calls
-            raise _HostileError(getattr(function, "name", repr(function)[:80]))
+            raise _HostileError(_shown(function))
         if not isinstance(arguments, tuple):
             raise _DamagedError("its pickle calls something without arguments")
         if function.name in _REBUILD_TENSOR:
@@ -720,6 +727,17 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_SET": lambda: Opaque("builtins.set"),
 }
 _IGNORED = frozenset({"PROTO", "FRAME"})
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; of what could be nested or of any length only its kind."""
+    if isinstance(value, Opaque):
+        return value.name
+    if isinstance(value, str | bytes):
+        return repr(value[:40])
+    if isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 1 << 64):
+        return repr(value)
+    return f"<{type(value).__name__}>"
 
 
 def _instructions(stream: _Bounded) -> Iterator[tuple[str, Any]]:

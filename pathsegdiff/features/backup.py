@@ -13,11 +13,11 @@ from typing import Any
 
 from pathsegdiff.errors import StoreError
 from pathsegdiff.features.seal import sealed, unsealed
-from pathsegdiff.features.store import BACKUP_KEY, SAMPLES_KEY, checksum
+from pathsegdiff.features.store import BACKUP_KEY, SAMPLES_KEY, FeatureStore, checksum
 from pathsegdiff.files import put_bytes
 
 #: A copy above this is refused before it is read.
-_MAX_BYTES = 1 << 29
+_MAX_BYTES = 1 << 27
 
 
 def keep_copy(path: Path, keys: Iterable[str]) -> bool:
@@ -77,11 +77,13 @@ def put_back(path: Path) -> list[str]:
     return sorted(todo)
 
 
-def copy_problem(content: bytes | None) -> str | None:
-    """What is wrong with a copy; None for a whole one."""
-    if content is None:
+def copy_problem(store: FeatureStore) -> str | None:
+    """What is wrong with a store's copy; None for a whole one."""
+    size = store.size(BACKUP_KEY)
+    if size is None:
         return "is missing"
-    return None if _files(content) is not None else "is damaged"
+    whole = size <= _MAX_BYTES and _files(store.get(BACKUP_KEY)) is not None
+    return None if whole else "is damaged"
 
 
 def _beyond_repair(path: Path, key: str) -> StoreError:
