@@ -717,7 +717,8 @@ class StoreTarget(Target):
                     out[name] = _sealed(mark)
         if flags & SEALS:
             for name in out:
-                if name == f"{store}/samples.json" or name.startswith(f"{store}/marks/"):
+                own = name in (f"{store}/samples.json", f"{store}/backup.json")
+                if own or name.startswith(f"{store}/marks/"):
                     _, _, rest = out[name].partition(b"\n")
                     out[name] = b'{"crc32": %d,\n' % zlib.crc32(rest) + rest
         return out
@@ -726,8 +727,11 @@ class StoreTarget(Target):
         from pathsegdiff.errors import StoreError
         from pathsegdiff.features.store import FeatureStore
         from pathsegdiff.features.verify import verify_sample
+        from pathsegdiff.features.writer import put_metadata_back
 
         for name in sorted({name.split("/")[0] for name in changed or self.base} & {*self.names}):
+            with suppress(StoreError):
+                put_metadata_back(folder / name)
             store = FeatureStore.open(folder / name)
             with suppress(StoreError):
                 store.check_arrays()

@@ -117,6 +117,7 @@ def repair(
       psd cache repair features/glas-tiny-t50.zarr --data-root /new/place/GlaS
     """
     from cli.main import run_within
+    from pathsegdiff.errors import StoreError
     from pathsegdiff.features.store import BACKUP_KEY
     from pathsegdiff.features.verify import verify_store
     from pathsegdiff.features.writer import open_existing, put_metadata_back
@@ -124,8 +125,12 @@ def repair(
     restored = put_metadata_back(store)
     for key in restored:
         click.echo(f"{key}: put back from the second copy in {BACKUP_KEY}")
-    writer = open_existing(store)
-    findings = verify_store(writer.store)
+    try:
+        writer = open_existing(store)
+        findings = verify_store(writer.store)
+    except StoreError as error:
+        reason = str(error).split("; run `psd cache repair", 1)[0]
+        raise StoreError(f"{reason}; delete the store and extract it again") from None
     if writer.keep_copy():
         restored.append(BACKUP_KEY)
         click.echo(f"{BACKUP_KEY}: written again")

@@ -253,6 +253,26 @@ def test_what_is_damaged_twice_is_said_and_nothing_is_changed(place, capsys):
     assert psd(capsys, "cache", "repair", "nowhere.zarr")[0] == 1
 
 
+@pytest.mark.parametrize("table_is_there", [True, False])
+def test_nothing_is_put_back_outside_the_store(place, capsys, table_is_there):
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    key, content = "../elsewhere/zarr.json", b"hostile"
+    copy = unsealed((place / "s.zarr" / "backup.json").read_bytes())
+    table = unsealed(copy["files"]["samples.json"].encode())
+    table["files"][key] = [checksum(content)]
+    copy["files"] |= {key: content.decode(), "samples.json": sealed(table).decode()}
+    (place / "elsewhere").mkdir()
+    (place / "s.zarr" / "backup.json").write_bytes(sealed(copy))
+    if table_is_there:
+        (place / "s.zarr" / "samples.json").write_bytes(sealed(table))
+    else:
+        (place / "s.zarr" / "samples.json").unlink()
+    code, _, err = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 1
+    assert "samples.json is missing or damaged, and so is its second copy" in err
+    assert not list((place / "elsewhere").iterdir())
+
+
 def test_a_sample_without_its_mark_is_said_and_repair_makes_it(place, capsys):
     psd(capsys, *EXTRACT, "--out", "s.zarr")
     whole = contents("s.zarr")

@@ -7,15 +7,24 @@ copy is written after the table of samples, so it may be one registration behind
 checksum of its own (``seal``).
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pathsegdiff.errors import StoreError
 from pathsegdiff.features.seal import sealed, unsealed
-from pathsegdiff.features.store import BACKUP_KEY, SAMPLES_KEY, FeatureStore, checksum
+from pathsegdiff.features.store import (
+    BACKUP_KEY,
+    MARKS_FOLDER,
+    SAMPLES_KEY,
+    FeatureStore,
+    checksum,
+)
 from pathsegdiff.files import put_bytes
 
+#: Nothing else is ever put back: a key of a hostile store may lead elsewhere.
+_KEY = re.compile(r"(?:[a-z0-9_]+/)?zarr\.json|samples\.json")
 #: A copy above this is refused before it is read.
 _MAX_BYTES = 1 << 27
 
@@ -54,7 +63,8 @@ def put_back(path: Path) -> list[str]:
     kept = _files(_read(path / BACKUP_KEY))
     table = _read(path / SAMPLES_KEY)
     accepted = {} if table is None else _accepted(table)
-    broken_table = accepted is None or (table is None and SAMPLES_KEY in (kept or {}))
+    listed = SAMPLES_KEY in (kept or {}) or any((path / MARKS_FOLDER).glob("*.json"))
+    broken_table = accepted is None or (table is None and listed)
     if broken_table:
         accepted = _accepted(kept[SAMPLES_KEY]) if kept and SAMPLES_KEY in kept else None
         if accepted is None:
@@ -106,9 +116,15 @@ def _files(content: bytes | None) -> dict[str, bytes] | None:
     """The copied files; None where the copy is missing or damaged."""
     try:
         values = unsealed(content or b"")["files"]
-        return {str(key): text.encode("utf-8") for key, text in values.items()}
+        return {_checked(key): text.encode("utf-8") for key, text in values.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _checked(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"{key!r:.60} is no metadata of a store")
+    return key
 
 
 def _accepted(table: bytes) -> dict[str, list[Any]] | None:
@@ -116,7 +132,7 @@ def _accepted(table: bytes) -> dict[str, list[Any]] | None:
     try:
         values = unsealed(table)["files"]
         return {
-            str(key): [(int(size), int(crc)) for size, crc in allowed]
+            _checked(key): [(int(size), int(crc)) for size, crc in allowed]
             for key, allowed in values.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
