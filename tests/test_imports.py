@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "errors",
     "files",
+    "locks",
     "interrupt",
     "config",
     "grid",

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import zarr
-from filelock import FileLock, Timeout
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pathsegdiff.config import Recipe
@@ -48,6 +47,7 @@ from pathsegdiff.features.store import (
     row_key,
 )
 from pathsegdiff.files import put_bytes, sync, sync_below
+from pathsegdiff.locks import alone_in
 
 #: Seconds that others may need to make a store, or to register their samples.
 _LOCK_SECONDS = 60
@@ -452,18 +452,12 @@ def _locked(path: Path) -> Iterator[None]:
     Raises:
         StoreError: If another process keeps it for long.
     """
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=_LOCK_SECONDS)
-    except Timeout:
-        raise StoreError(
-            f"{path}: another process has kept this store locked for {_LOCK_SECONDS} s; wait for "
-            "it, or stop it"
-        ) from None
-    try:
+    busy = StoreError(
+        f"{path}: another process has kept this store locked for {_LOCK_SECONDS} s; wait for it, "
+        "or stop it"
+    )
+    with alone_in(path, busy, seconds=_LOCK_SECONDS):
         yield
-    finally:
-        lock.release()
 
 
 def put_metadata_back(path: Path) -> list[str]:

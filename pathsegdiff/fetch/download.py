@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from pathsegdiff.errors import FetchError
+from pathsegdiff.locks import alone_in
 
 #: Folder below a target's root for what is on its way, and for the accepted licences.
 STAGING = ".fetch"
@@ -160,21 +161,13 @@ def staging(root: Path) -> Iterator[Path]:
     Raises:
         FetchError: If another command holds it.
     """
-    from filelock import FileLock, Timeout
-
     folder = root / STAGING
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FetchError(
-            f"{one_line(root)}: another command is fetching into this folder; wait for its end"
-        ) from None
-    try:
+    busy = FetchError(
+        f"{one_line(root)}: another command is fetching into this folder; wait for its end"
+    )
+    with alone_in(folder, busy):
         yield folder
-    finally:
-        lock.release()
 
 
 def download(remote: Remote, target: Path, *, on_bytes: OnBytes | None = None) -> bool:

@@ -24,7 +24,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from pathsegdiff.device import device_name
@@ -32,6 +31,7 @@ from pathsegdiff.errors import DivergedError, RunError
 from pathsegdiff.evaluation.confusion import scores
 from pathsegdiff.files import refuse_packed, replace_file
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
+from pathsegdiff.locks import alone_in
 from pathsegdiff.segmentation.runs import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
@@ -523,17 +523,9 @@ def only_trainer(out: Path) -> Iterator[None]:
                 f"{out} exists and is no run folder ({others[0]} is in it); choose another --out"
             )
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(
-            f"{out}: another process is training into this run; wait for it, or stop it"
-        ) from None
-    try:
+    busy = RunError(f"{out}: another process is training into this run; wait for it, or stop it")
+    with alone_in(out, busy):
         yield
-    finally:
-        lock.release()
 
 
 _SHORT_NAMES = {
