@@ -8,6 +8,7 @@ RUN/config.json        every setting, the samples of each part, the store's reci
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -368,7 +369,7 @@ def save_weights(path: Path, network: nn.Module, metadata: dict[str, str]) -> No
     replace_file(path, lambda file: file.write_bytes(content))
 
 
-def kept_row(metadata: dict[str, str]) -> dict[str, Any]:
+def kept_row(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The log's row that stands in the metadata of a file of ``save_weights``."""
     found: dict[str, Any] = {}
     for name, text in metadata.items():

@@ -28,6 +28,7 @@ from pathsegdiff.pipeline.baselines.runs import (
     load_baseline,
     read_baseline,
 )
+from pathsegdiff.pipeline.baselines.scoring import score_baseline
 from pathsegdiff.pipeline.baselines.train import BaselineTraining, region_logits
 from pathsegdiff.provenance import provenance
 from pathsegdiff.segmentation.loop import (
@@ -38,14 +39,11 @@ from pathsegdiff.segmentation.loop import (
     refuse_differences,
 )
 from pathsegdiff.segmentation.losses import predict_labels
-from pathsegdiff.segmentation.runs import CONFIG_FILE, CURVES_FILE, kept_row, write_json
+from pathsegdiff.segmentation.runs import CONFIG_FILE, write_json
 from pathsegdiff.segmentation.sampling import prefetch
 from pathsegdiff.segmentation.scoring import (
     Evaluation,
     Prediction,
-    few_note,
-    score_samples,
-    shared_notes,
 )
 from pathsegdiff.segmentation.scoring import Progress as ScoringProgress
 from pathsegdiff.segmentation.splits import divide
@@ -165,35 +163,16 @@ class Baseline:
         device = torch.device(device)
         config = read_baseline(path)
         network, metadata = load_baseline(path, config)
-        known = {sample.sample_id: sample for sample in self.images.samples}
-        card = self.images.card
-        return score_samples(
+        return score_baseline(
             _NetworkSegmenter(on_device(network, device), self.images, device),
-            card,
-            path / f"eval-{self.part}",
+            path,
+            config,
+            metadata,
+            card=self.images.card,
             part=self.part,
-            samples=self.evaluated,
-            validation=[known[name] for name in config.samples["val"]],
-            subtitle=f"{config.network['title']}, run {path.name}",
-            notes=[
-                *shared_notes(self.part, self.evaluated, config.samples, self.images.samples),
-                *few_note(self.evaluated),
-            ],
-            curves=path / CURVES_FILE,
-            provenance={
-                "run": str(path),
-                "network": {**config.network, "kept": kept_row(metadata)},
-                "settings": config.settings,
-                "method": config.method,
-                "dataset": {
-                    "name": card.name,
-                    "licence": card.licence,
-                    "sha256": config.dataset_sha256,
-                    "images": {part: len(ids) for part, ids in config.samples.items()},
-                },
-                "trained": config.provenance,
-                "evaluated": provenance(device=device_name(device)),
-            },
+            evaluated=self.evaluated,
+            samples=self.images.samples,
+            device=device,
             progress=progress,
         )
 

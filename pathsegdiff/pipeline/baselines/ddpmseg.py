@@ -34,6 +34,7 @@ from pathsegdiff.pipeline.baselines.pixels import (
     samples_of_all,
 )
 from pathsegdiff.pipeline.baselines.runs import NETWORK_FILE, BaselineConfig, read_baseline
+from pathsegdiff.pipeline.baselines.scoring import score_baseline
 from pathsegdiff.provenance import provenance
 from pathsegdiff.segmentation.loop import (
     Progress,
@@ -50,8 +51,6 @@ from pathsegdiff.segmentation.losses import weighted_cross_entropy
 from pathsegdiff.segmentation.passes import class_pixel_counts
 from pathsegdiff.segmentation.runs import (
     CONFIG_FILE,
-    CURVES_FILE,
-    kept_row,
     load_weights,
     random_weights_note,
     save_weights,
@@ -61,9 +60,6 @@ from pathsegdiff.segmentation.sampling import prefetch
 from pathsegdiff.segmentation.scoring import (
     Evaluation,
     Prediction,
-    few_note,
-    score_samples,
-    shared_notes,
 )
 from pathsegdiff.segmentation.scoring import Progress as ScoringProgress
 from pathsegdiff.segmentation.splits import divide
@@ -252,26 +248,18 @@ class DDPMSeg:
         device = torch.device(device)
         config = read_baseline(path)
         network, metadata = load_ensemble(path, config)
-        known = {sample.sample_id: sample for sample in self.samples}
-        return score_samples(
+        return score_baseline(
             _EnsembleSegmenter(network.to(device), self.reader),
-            self.card,
-            path / f"eval-{self.part}",
+            path,
+            config,
+            metadata,
+            card=self.card,
             part=self.part,
-            samples=self.evaluated,
-            validation=[known[name] for name in config.samples["val"]],
-            subtitle=f"{config.network['title']}, run {path.name}",
-            notes=[
-                *random_weights_note(self.model),
-                *shared_notes(self.part, self.evaluated, config.samples, self.samples),
-                *few_note(self.evaluated),
-            ],
-            curves=path / CURVES_FILE,
-            provenance={
-                "run": str(path),
-                "network": {**config.network, "kept": kept_row(metadata)},
-                "settings": config.settings,
-                "method": config.method,
+            evaluated=self.evaluated,
+            samples=self.samples,
+            device=device,
+            notes=random_weights_note(self.model),
+            sources={
                 "features": [
                     {
                         "path": store.path,
@@ -282,9 +270,6 @@ class DDPMSeg:
                     for store in self.stores
                 ],
                 "model": self.model,
-                "dataset": {"name": self.card.name, "licence": self.card.licence},
-                "trained": config.provenance,
-                "evaluated": provenance(device=device_name(device)),
             },
             progress=progress,
         )
