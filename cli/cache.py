@@ -1,5 +1,6 @@
 """``psd cache``: look into a feature store, check it, mend it, copy features out of it."""
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ import click
 from cli.options import PATH
 
 if TYPE_CHECKING:
-    from pathsegdiff.features.store import FeatureStore
+    from pathsegdiff.features.store import FeatureStore, StoredSample
 
 
 @click.group()
@@ -139,8 +140,11 @@ def repair(
     if not damaged and not missing:
         click.echo(f"{'repaired' if restored else 'nothing to repair'}: {store}")
         return
-    # Before a mark is taken away: it must be known how to go on.
-    command = [] if marks_only else _extraction(writer.store, store, data_root, model)
+    command = []
+    if not marks_only:
+        # Before a mark is taken away: it must be known how to go on, and from the same pixels.
+        command = _extraction(writer.store, store, data_root, model)
+        _check_sources(writer.store, list(damaged.values()), data_root)
     writer.forget(*damaged.values())
     for sample in damaged.values():
         click.echo(f"{sample.sample_id}: will be extracted again")
@@ -182,6 +186,34 @@ def _extraction(
     for split in sorted({sample.split for sample in opened.registered()}):
         command += ["--split", split]
     return command
+
+
+def _check_sources(
+    opened: "FeatureStore", damaged: "list[StoredSample]", data_root: Path | None
+) -> None:
+    """Refuse to make samples again from other pixels, as far as their marks can tell.
+
+    Raises:
+        StoreError: If an image or mask has changed since.
+    """
+    from pathsegdiff.data.manifest import open_dataset
+    from pathsegdiff.errors import StoreError
+    from pathsegdiff.features.extract import check_unchanged
+
+    was = opened.provenance["extraction"]
+    root = data_root or was.get("data_root")
+    dataset = open_dataset(
+        was["dataset"],
+        data_root=None if root is None else Path(root),
+        splits=sorted({sample.split for sample in opened.registered()}),
+        mpp=was.get("mpp"),
+    )
+    readable = []
+    for sample in damaged:
+        with contextlib.suppress(StoreError):  # a mark that is damaged itself knows nothing
+            opened.read_mark(sample)
+            readable.append(sample)
+    check_unchanged(dataset, opened, readable)
 
 
 @cache.command()

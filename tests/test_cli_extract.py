@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cli.main import run
 from pathsegdiff.features.seal import sealed, unsealed
@@ -284,6 +285,24 @@ def test_a_sample_without_its_mark_is_said_and_repair_makes_it(place, capsys):
     assert code == 0
     assert "test_0: is not complete, will be extracted" in out
     assert contents("s.zarr") == whole
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("", "image"), ("_anno", "mask")])
+def test_repair_makes_no_sample_from_pixels_that_have_changed(place, capsys, suffix, kind):
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    shutil.rmtree(place / "s.zarr" / "label" / "c" / "1")
+    file = place / "data" / "images" / f"test_0{suffix}.png"
+    before = file.read_bytes()
+    pixels = np.array(Image.open(file))
+    pixels[5, 5] = 1
+    Image.fromarray(pixels).save(file)
+    code, _, err = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 1
+    assert f"the {kind} of sample test_0 has changed since it was extracted" in err
+    assert len(list((place / "s.zarr" / "marks").iterdir())) == 2
+    file.write_bytes(before)
+    assert psd(capsys, "cache", "repair", "s.zarr")[0] == 0
+    assert psd(capsys, "cache", "verify", "s.zarr")[0] == 0
 
 
 def test_repair_takes_no_mark_away_where_it_does_not_know_the_extraction(place, capsys):

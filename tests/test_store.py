@@ -408,7 +408,9 @@ def test_what_a_sample_costs_does_not_depend_on_the_number_of_samples(tmp_path):
         assert all(part for part in parts)
         for event, name in itertools.chain(*parts):
             assert not name.startswith("/samples.json")
-            assert event == "open" or name not in ("", "/marks")
+            # A listing of what has an entry for each sample takes longer the more there are.
+            many = name in ("", "/marks", "/instances", "/.claims") or name.endswith("/c")
+            assert event == "open" or not many
     assert found[0] == found[1]
 
 

@@ -144,7 +144,9 @@ def extract_dataset(
         )
         writers[view] = writer
         registered = writer.register(rows)
-        _check_unchanged(dataset, writer, registered)
+        check_unchanged(
+            dataset, writer.store, [row for row in registered if writer.store.is_complete(row)]
+        )
         todo[view] = {
             stored.sample_id: stored
             for stored in registered
@@ -492,27 +494,35 @@ def _check_there(dataset: Dataset, path: Path) -> None:
         )
 
 
-def _check_unchanged(
-    dataset: Dataset, writer: StoreWriter, registered: Sequence[StoredSample]
+def check_unchanged(
+    dataset: Dataset, store: FeatureStore, finished: Sequence[StoredSample]
 ) -> None:
-    """Refuse to continue where an image or mask of a finished sample has changed since."""
+    """Hold images and masks, as they are now, against the marks of samples made from them.
+
+    Args:
+        finished: With a readable mark each; others of the data set's samples need none.
+
+    Raises:
+        StoreError: If an image or mask has changed since, naming the first.
+        DataError: If one cannot be read.
+    """
     samples = {sample.sample_id: sample for sample in dataset.samples}
     sources: dict[str, StoredSample] = {}
-    for stored in registered:
-        if writer.store.is_complete(stored):
+    for stored in finished:
+        if stored.sample_id in samples:
             sources.setdefault(samples[stored.sample_id].source.source_id, stored)
     if not sources:
         return
     logger.info("Holding %d images of finished samples against their marks", len(sources))
-    finished = list(sources.values())
+    chosen = list(sources.values())
     hashes = iterate_threads(
-        dataset.source_hashes, (samples[stored.sample_id].source for stored in finished)
+        dataset.source_hashes, (samples[stored.sample_id].source for stored in chosen)
     )
-    for stored, (image, mask) in zip(finished, hashes, strict=True):
-        mark = writer.store.read_mark(stored)
+    for stored, (image, mask) in zip(chosen, hashes, strict=True):
+        mark = store.read_mark(stored)
         for kind, now in (("image", image), ("mask", mask)):
             if mark[f"{kind}_sha256"] != now:
                 raise StoreError(
-                    f"{writer.store.path}: the {kind} of sample {stored.sample_id} has changed "
+                    f"{store.path}: the {kind} of sample {stored.sample_id} has changed "
                     "since it was extracted; put the old one back, or choose another --out"
                 )
