@@ -4,9 +4,20 @@ Every one derives from ``PathSegDiffError``, which the command line turns into o
 and exit code 1. A bug raises something else and keeps its traceback.
 """
 
+#: Of a message; what a file puts into it may be longer.
+_LONGEST = 2000
+
 
 class PathSegDiffError(Exception):
-    """Base of every error that the user can mend."""
+    """Base of every error that the user can mend.
+
+    The message is one printable line, whatever it repeats of a file: line breaks and control
+    characters, which could drive a terminal, are escaped.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        text = printable(message)
+        super().__init__(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 
 class ConfigError(PathSegDiffError):
@@ -36,3 +47,10 @@ class DivergedError(RunError):
 class FetchError(PathSegDiffError):
     """A transfer was refused or broke off, a file is not the expected one, an archive is hostile,
     or the disk is too small."""
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that is not printable."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

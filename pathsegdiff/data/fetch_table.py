@@ -63,7 +63,7 @@ class FetchTable:
         Raises:
             DataError: If a field is missing, unknown, or has a value it cannot have.
         """
-        if not isinstance(values, dict) or values.get("kind") not in _KEYS:
+        if not isinstance(values, dict) or values.get("kind") not in list(_KEYS):
             raise DataError(f"fetch must be a table whose kind is one of {', '.join(_KEYS)}")
         kind = values["kind"]
         for key in values:

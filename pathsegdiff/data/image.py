@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pathsegdiff import files
-from pathsegdiff.errors import DataError
+from pathsegdiff.errors import DataError, printable
 
 #: Refuse larger images before decoding: half a gigapixel (23,170 px square) is 1.6 GB as RGB.
 MAX_PIXELS = 1 << 29
@@ -97,11 +97,12 @@ def read_label_image(path: Path) -> np.ndarray:
                     "a code per pixel"
                 )
             codes = codes[..., 0]
-    if codes.size and int(codes.min()) < 0:
-        raise DataError(f"{shown(path)}: the mask holds {int(codes.min())}; codes are 0 or more")
-    if codes.size and int(codes.max()) > np.iinfo(np.int32).max:
-        raise DataError(f"{shown(path)}: the mask holds {int(codes.max())}; that is no class code")
-    return codes.astype(np.int32)
+        low, high = int(codes.min()), int(codes.max())  # _upright lets no empty image pass
+        if low < 0:
+            raise DataError(f"{shown(path)}: the mask holds {low}; codes are 0 or more")
+        if high > np.iinfo(np.int32).max:
+            raise DataError(f"{shown(path)}: the mask holds {high}; that is no class code")
+        return codes.astype(np.int32)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -157,10 +158,12 @@ def file_sha256(path: Path) -> str:
 
 def shown(value: object) -> str:
     """A path or a value from a file as one printable line, for messages."""
-    text = str(value)
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-        text = text.encode("utf-8", "backslashreplace").decode()
+    try:
+        text = printable(str(value))
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    except RecursionError:
+        return "something nested too deeply to be shown"
     return text if len(text) <= 500 else f"{text[:500]}..."
 
 

@@ -49,11 +49,11 @@ class RegionRule:
                 value = getattr(self, name)
                 raise DataError(f"region: {name} must be an integer, got {shown(value)!r}")
         if not 32 <= self.patch_px <= 1024:
-            raise DataError(f"region: patch_px must be from 32 to 1024, got {self.patch_px}")
+            raise DataError(f"region: patch_px must be from 32 to 1024, got {shown(self.patch_px)}")
         if self.region_px % self.patch_px or not 0 < self.region_px <= _MAX_REGION_PX:
             raise DataError(
                 f"region: region_px must be a multiple of {self.patch_px}, at most "
-                f"{_MAX_REGION_PX}, got {self.region_px}"
+                f"{_MAX_REGION_PX}, got {shown(self.region_px)}"
             )
         if self.kind == "resize" and self.window_px is not None:
             raise DataError("region: window_px belongs to kind window, not to resize")

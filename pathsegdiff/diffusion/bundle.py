@@ -13,7 +13,6 @@ for. A bundle is written under another name and renamed when it is whole.
 
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -67,6 +66,10 @@ WEIGHT_FILES = {
 CONFIG_FILES = {part: f"{part}/config.json" for part in WEIGHT_FILES}
 #: Settings files are small; a larger one is something else.
 _MAX_JSON_BYTES = 1 << 20
+#: Above any scale and any beta; a larger whole number fits no float.
+_MAX_NUMBER = 1e9
+#: Of a diffusers config: each is a list of blocks, a number of layers, ...
+_MAX_LAYERS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,10 +247,10 @@ class _Fields:
         return value
 
     def number(self, name: str) -> float:
-        value = float(self._get(name, (int, float), "a number"))
-        if not math.isfinite(value) or value <= 0:
-            raise BundleError(f"{self._where}: {name} must be above 0, got {value}")
-        return value
+        value = self._get(name, (int, float), "a number")
+        if not 0 < value <= _MAX_NUMBER:
+            raise BundleError(f"{self._where}: {name} must be above 0, got {value!r:.60}")
+        return float(value)
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         value = self.text(name)
@@ -328,8 +331,27 @@ class Bundle:
                 state[name] = value.clone()
             else:
                 state[name] = as_asked
+            check_finite(name, state[name], str(file))
         target.load_state_dict(state, assign=True)
         return module
+
+
+def check_finite(name: str, value: Tensor, where: str) -> None:
+    """Refuse a weight that would spread through every feature.
+
+    One pass over the memory, a tenth of what looking at every number costs: a sum shows any NaN and
+    infinity, and only where it is not finite itself is the tensor looked at again.
+
+    Raises:
+        BundleError: If it holds NaN or infinity.
+    """
+    if not value.is_floating_point() or bool(value.sum(dtype=torch.float32).isfinite()):
+        return
+    if not bool(value.isfinite().all()):
+        raise BundleError(
+            f"{where}: {name} holds values that are not finite in {str(value.dtype)[6:]}; "
+            "make the bundle again"
+        )
 
 
 def check_tensors(
@@ -501,12 +523,27 @@ def _check_diffusers_config(config: Any, where: str) -> None:
     fields.integer("in_channels", 1, 1 << 14)
     for name in ("up_block_types", "down_block_types"):
         kinds = config.get(name)
-        if not isinstance(kinds, list) or len(kinds) != len(channels):
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != len(channels)
+            or not all(isinstance(kind, str) for kind in kinds)
+        ):
             raise BundleError(f"{where}: {name} must name one block per level")
+    # Every layer is an object, made before the weights are looked at.
+    for name in ("transformer_layers_per_block", "reverse_transformer_layers_per_block"):
+        todo = [config.get(name, 1)]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, list) and len(value) <= _MAX_LAYERS:
+                todo += value
+            elif value is not None and not (type(value) is int and 1 <= value <= _MAX_LAYERS):
+                raise BundleError(f"{where}: {name} must be 1 to {_MAX_LAYERS}, got {value!r:.60}")
     if "cross_attention_dim" in config:
         fields.integer("cross_attention_dim", 1, 1 << 16)
     else:
         fields.integer("latent_channels", 1, 256)
+        if config.get("vq_embed_dim") is not None:
+            fields.integer("vq_embed_dim", 1, 256)
 
 
 def weights_of(part: str, module: nn.Module) -> nn.Module:
@@ -529,8 +566,11 @@ def build_part(part: str, config: dict[str, Any], where: str) -> nn.Module:
         if part == "conditioner":
             return Conditioner(**config)
         return build_unet(config) if part == "unet" else build_autoencoder(config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise BundleError(f"{where}: no such model can be built: {error}") from None
+    except BundleError as error:
+        raise BundleError(f"{where}: {error}") from None
+    except Exception as error:  # diffusers meets settings that cannot be with any kind of exception
+        reason = f"{type(error).__name__}: {error}"
+        raise BundleError(f"{where}: no such model can be built ({reason:.200})") from None
 
 
 def init_bundle(preset: str, seed: int, out: Path, dtype: torch.dtype = torch.float16) -> Bundle:

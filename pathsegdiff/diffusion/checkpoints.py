@@ -276,7 +276,7 @@ def _tensors(values: Any) -> dict[str, TensorRef]:
 def _describe_root(root: Any) -> str:
     if not isinstance(root, dict):
         return f"it holds {type(root).__name__}"
-    names = [repr(key)[:40] for key in root]
+    names = [repr(key[:40] if isinstance(key, str) else type(key)) for key in list(root)[:6]]
     return f"it holds {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
 
 

@@ -4,7 +4,6 @@ Only settings that change what the networks compute are read; every one of them 
 can honour, since a setting that is passed over gives wrong features without any error.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,15 @@ from pathsegdiff.diffusion.compvis import LdmFirstStage, LdmUNet
 from pathsegdiff.diffusion.schedule import NoiseSchedule
 from pathsegdiff.errors import BundleError, ConfigError
 
-#: Project files have about 3 kB; a larger one is something else.
-_MAX_YAML_BYTES = 1 << 20
+#: Project files have about 3 kB; a larger one is something else, and a megabyte takes a minute.
+_MAX_YAML_BYTES = 1 << 16
 #: Aliases multiply when merged; honest project files have none.
 _MAX_ALIASES = 16
 _MAX_DEPTH = 32
+#: Of a single value: a number of more digits could not even be written in a message.
+_MAX_VALUE = 1000
+#: Above any scale and any beta; a larger whole number fits no float.
+_MAX_NUMBER = 1e9
 
 #: CompVis' name -> diffusers' name, which is ours.
 _BETA_SCHEDULES = {
@@ -256,6 +259,8 @@ def _check_yaml_size(text: str, path: Path) -> None:
         aliases += isinstance(event, yaml.AliasEvent)
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_VALUE:
+            raise BundleError(f"{path} is no project YAML: a value has {len(event.value)} letters")
         if aliases > _MAX_ALIASES:
             raise BundleError(f"{path} has more than {_MAX_ALIASES} YAML aliases; write them out")
         if depth > _MAX_DEPTH:
@@ -341,6 +346,6 @@ class _Node:
                 self.fail(name, "a number", value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail(name, "a number", value)
-        if not math.isfinite(value) or value <= 0:
+        if not 0 < value <= _MAX_NUMBER:
             self.fail(name, "a number above 0", value)
         return float(value)

@@ -106,6 +106,8 @@ _REBUILD_TENSOR = frozenset(
         "torch._utils._rebuild_tensor_v3",
     }
 )
+#: What a broken pickle can raise while it is carried out.
+_BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError)
 _REBUILD_PARAMETER = frozenset(
     {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 )
@@ -378,7 +380,7 @@ def _read_legacy(path: Path, stream: IO[bytes], start: bytes) -> tuple[Any, _Sto
         )
     version = _Machine(storages.check).run(bounded)
     if version != 1001:
-        raise _DamagedError(f"its format version is {version!r:.40}, not 1001")
+        raise _DamagedError(f"its format version is {_shown(version)}, not 1001")
     info = _Machine(storages.check).run(bounded)
     if isinstance(info, dict) and info.get("little_endian") is not (sys.byteorder == "little"):
         raise BundleError(f"{path} was saved on a machine of another byte order")
@@ -492,7 +494,7 @@ class _Machine:
                 # pickletools warns of odd escapes in texts, which a damaged file is full of
                 warnings.simplefilter("ignore", DeprecationWarning)
                 return self._run(stream)
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        except _BROKEN as error:
             raise _DamagedError(f"its pickle is broken ({type(error).__name__})") from None
 
     def _run(self, stream: _Bounded) -> Any:
@@ -643,7 +645,7 @@ class _Machine:
         if dtype is None:
             raise _DamagedError(f"it has a storage of the unknown kind {kind.name!r:.60}")
         if not isinstance(key, str) or type(numel) is not int or numel < 0:
-            raise _DamagedError(f"it has a storage of {numel!r:.40} elements")
+            raise _DamagedError(f"it has a storage of {_shown(numel)} elements")
         storage = StorageRef(key, dtype, numel)
         self._check_storage(storage)
         return storage
@@ -683,7 +685,7 @@ class _Machine:
         """What a call would give; only the calls that make tensors and dictionaries give one."""
         if not isinstance(function, _Global):
             # e.g. the result of a call that was skipped: only an attack chains calls
-            raise _HostileError(getattr(function, "name", repr(function)[:80]))
+            raise _HostileError(_shown(function))
         if not isinstance(arguments, tuple):
             raise _DamagedError("its pickle calls something without arguments")
         if function.name in _REBUILD_TENSOR:
@@ -720,6 +722,17 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_SET": lambda: Opaque("builtins.set"),
 }
 _IGNORED = frozenset({"PROTO", "FRAME"})
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; of what could be nested or of any length only its kind."""
+    if isinstance(value, Opaque):
+        return value.name
+    if isinstance(value, str | bytes):
+        return repr(value[:40])
+    if isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 1 << 64):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 def _instructions(stream: _Bounded) -> Iterator[tuple[str, Any]]:

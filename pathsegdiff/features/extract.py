@@ -83,8 +83,9 @@ class ExtractionPlan:
 
 
 def store_name(dataset: str, model: str, view: View) -> str:
-    """NAME-MODEL-tT[-null].zarr."""
+    """NAME-MODEL-tT[-null].zarr; a model's name comes from its bundle and must lead nowhere."""
     null = "-null" if view.conditioning == "none" else ""
+    model = model.replace("/", "_").replace("\\", "_")
     return f"{dataset}-{model}-t{view.timestep}{null}.zarr"
 
 

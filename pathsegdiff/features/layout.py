@@ -4,18 +4,23 @@ A level is one array: all taps of one spatial size, concatenated along channels 
 stitched over the patches of a region.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from pathsegdiff.config import ALL_TAPS
+from pathsegdiff.config import ALL_TAPS, HEAD_INPUTS
 from pathsegdiff.errors import StoreError
 
 #: The dense map and the head work on this grid (image pixels per cell).
 GRID_STRIDE = 4
 #: A chunk that would be smaller than this holds the whole region, a larger one a patch.
 _CHUNK_BYTES = 1 << 20
+#: Also the name of the array's folder.
+_LEVEL_NAME = re.compile(r"stride_[0-9]{1,4}|dense|tokens")
+#: Of a level; the paper's model has 7296 in all of them.
+_MAX_CHANNELS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +94,19 @@ class Level:
                 for tap, start, stop in values["taps"]
             )
             stride, cells = int(values["stride"]), int(values["cells_per_patch"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"level {name!r} is not described as a level: {error!r}") from None
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise StoreError(
+                f"level {name!r:.60} is not described as a level: {error!r:.200}"
+            ) from None
         ends = [0, *(tap.stop for tap in taps)]
         gapless = all(tap.start == end < tap.stop for tap, end in zip(taps, ends, strict=False))
-        if not taps or not gapless or stride < 1 or cells < 1:
-            raise StoreError(f"level {name!r} is not described as a level: {values!r:.200}")
+        if (
+            not _LEVEL_NAME.fullmatch(name)
+            or not (taps and gapless and taps[-1].stop <= _MAX_CHANNELS)
+            or not all(tap.name in HEAD_INPUTS for tap in taps)
+            or not (stride >= 1 and cells >= 1)
+        ):
+            raise StoreError(f"level {name!r:.60} is not described as a level: {values!r:.200}")
         return cls(name=name, stride=stride, cells_per_patch=cells, taps=taps)
 
 

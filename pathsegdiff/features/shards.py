@@ -157,11 +157,14 @@ def read_shard(
     bounds = [part.indices(size)[:2] for part, size in zip(where, shape, strict=True)]
     counts = [-(-size // side) for size, side in zip(shape, chunk, strict=True)]
     payload = math.prod(chunk) * dtype.itemsize
-    out = np.empty([max(0, stop - start) for start, stop in bounds], dtype)
-    scratch = np.empty(chunk, dtype)
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
         end, index = _read_index(descriptor, math.prod(counts))
+        # Before any memory is taken: as many bytes as the row has must be there.
+        if not shard.compressed and end < len(index) * (payload + _CHECKSUM_BYTES):
+            raise ValueError("the shard is too short for its chunks")
+        out = np.empty([max(0, stop - start) for start, stop in bounds], dtype)
+        scratch = np.empty(chunk, dtype)
         for corner in product(
             *(
                 range(start // side, -(-stop // side))
@@ -189,6 +192,40 @@ def read_shard(
     finally:
         os.close(descriptor)
     return out.astype(dtype.newbyteorder("="), copy=False)
+
+
+def decode_chunk(content: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """A chunk that stands alone in its file: Zstandard, then a CRC-32C.
+
+    Args:
+        content: Of the file.
+        shape, dtype: Of the chunk; the frame must unpack to exactly that many bytes.
+
+    Raises:
+        ValueError: If it does not, the checksum is wrong, or the frame is damaged.
+    """
+    frame, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    if google_crc32c.value(frame) != _number(checksum):
+        raise ValueError("its checksum is wrong")
+    size = math.prod(shape) * dtype.itemsize
+    if _content_bytes(frame) != size:
+        raise ValueError(f"it does not unpack to {size} bytes")
+    out = np.empty(shape, dtype.newbyteorder("<"))
+    try:
+        Zstd().decode(frame, out=out)
+    except RuntimeError as error:
+        raise ValueError(f"it cannot be unpacked ({error})") from None
+    return out.astype(dtype.newbyteorder("="), copy=False)
+
+
+def is_plain_chunk(codecs: Sequence[dict[str, Any]]) -> bool:
+    """Whether an array's chunks are what ``decode_chunk`` reads."""
+    return (
+        len(codecs) == 3
+        and codecs[0] in (_BYTES, {"name": "bytes"})
+        and codecs[1].get("name") == "zstd"
+        and codecs[2] == _CHECKSUM
+    )
 
 
 def _read_index(descriptor: int, number: int) -> tuple[int, np.ndarray]:

@@ -17,7 +17,9 @@ holds the sample's files against the mark; a damaged chunk fails its own CRC-32C
 Table and marks carry a checksum of their own (``seal``).
 """
 
+import json
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,21 +35,45 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from pathsegdiff.config import ALL_TAPS, Recipe
+from pathsegdiff.data.image import MAX_PIXELS
 from pathsegdiff.data.labels import LabelScheme
 from pathsegdiff.data.regions import RegionRule
 from pathsegdiff.errors import ConfigError, DataError, StoreError
 from pathsegdiff.features.layout import GRID_STRIDE, Level
 from pathsegdiff.features.quantize import SCALE_PREFIX, array_dtype, dequantize
 from pathsegdiff.features.seal import unsealed
-from pathsegdiff.features.shards import ShardFormat, read_shard, shard_format
+from pathsegdiff.features.shards import (
+    ShardFormat,
+    decode_chunk,
+    is_plain_chunk,
+    read_shard,
+    shard_format,
+)
 from pathsegdiff.grid import patchwise_matrix
 
 FORMAT = 2
 ATTRIBUTE = "pathsegdiff"
 SAMPLES_KEY = "samples.json"
 MARKS_FOLDER = "marks"
-#: A table of samples above this is refused before it is read.
-_MAX_JSON_BYTES = 1 << 28
+#: A table of samples above this is refused before it is read; 10,000 samples have 3 MB.
+_MAX_TABLE_BYTES = 1 << 26
+#: And so are other JSON files.
+_MAX_JSON_BYTES = 1 << 22
+#: Also the name of files that are made of a sample: no separator, no leading dot, not too long.
+_SAMPLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,159}")
+#: A file of a sample, as its mark lists it; nothing outside the store.
+_SAMPLE_FILE = re.compile(r"instances/[0-9]+/zarr\.json|[a-z0-9_]+(/[0-9]+)?/c(/[0-9]+)+")
+#: Of other texts of a store.
+_MAX_TEXT = 10_000
+_MAX_EMBED_DIM = 1 << 16
+_MARK = re.compile(r"([0-9]{1,9})\.json")
+#: All that a writer ever uses inside an array.
+_CODECS = ("bytes", "zstd", "crc32c")
+#: What a reader can make of what a hostile file holds; MemoryError is among them.
+_DAMAGE = (
+    *(ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError),
+    *(RecursionError, MemoryError),
+)
 #: (bytes, CRC-32) of a file.
 Checksum = tuple[int, int]
 #: What is left to do where the store itself, not a sample of it, is damaged.
@@ -87,14 +113,15 @@ class StoredSample:
     @classmethod
     def from_dict(cls, index: int, values: dict[str, Any]) -> "StoredSample":
         """Read what ``to_dict`` wrote; KeyError, TypeError or ValueError where it did not."""
-        height, width = values["source_px"]
+        if not _SAMPLE_ID.fullmatch(values["sample_id"]):
+            raise ValueError(f"sample_id {values['sample_id']!r:.60}")
         return cls(
-            sample_id=str(values["sample_id"]),
+            sample_id=values["sample_id"],
             index=index,
-            split=str(values["split"]),
-            group=str(values["group"]),
-            source_px=(int(height), int(width)),
-            extra={str(key): str(value) for key, value in values["extra"].items()},
+            split=_line(values["split"]),
+            group=_line(values["group"]),
+            source_px=_pair(values["source_px"]),
+            extra={_line(key): _line(value) for key, value in values["extra"].items()},
         )
 
 
@@ -143,14 +170,14 @@ class DatasetCard:
     def from_dict(cls, values: dict[str, Any]) -> "DatasetCard":
         """Read what ``to_dict`` wrote; KeyError, TypeError, ValueError or DataError otherwise."""
         return cls(
-            name=str(values["name"]),
-            title=str(values["title"]),
-            licence=str(values["licence"]),
+            name=_line(values["name"]),
+            title=_line(values["title"]),
+            licence=_line(values["licence"]),
             scheme=LabelScheme.from_dict(values["scheme"]),
             rule=RegionRule.from_dict(values["rule"]),
-            splits=tuple(str(split) for split in values["splits"]),
-            default_train=str(values["default_train"]),
-            default_eval=str(values["default_eval"]),
+            splits=tuple(_line(split) for split in values["splits"]),
+            default_train=_line(values["default_train"]),
+            default_eval=_line(values["default_eval"]),
             grouped=bool(values["grouped"]),
             source_mpp=None if values["source_mpp"] is None else float(values["source_mpp"]),
             typical_source_px=_pair(values["typical_source_px"]),
@@ -368,7 +395,7 @@ class FeatureStore:
         if sample.index in self._checked:
             return
         for key, (size, _) in self.read_mark(sample)["files"].items():
-            there = self._size(key)
+            there = self.size(key)
             if there != size:
                 found = "is missing" if there is None else f"has {there} bytes instead of {size}"
                 raise StoreError(
@@ -383,7 +410,7 @@ class FeatureStore:
         Raises:
             StoreError: If there is none, it is unreadable, or speaks of another sample.
         """
-        content = self.get(mark_key(sample.index))
+        content = self._get_json(mark_key(sample.index))
         if content is None:
             raise StoreError(
                 f"{self.path}: sample {sample.sample_id} is not complete; "
@@ -395,10 +422,13 @@ class FeatureStore:
             hashes = {name: str(mark[name]) for name in ("image_sha256", "mask_sha256")}
             if mark["sample_id"] != sample.sample_id or not files:
                 raise ValueError("it speaks of another sample")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            for key in files:
+                if not _SAMPLE_FILE.fullmatch(key):
+                    raise ValueError(f"it lists {key!r:.60}")
+        except _DAMAGE as error:
             raise StoreError(
                 f"{self.path}: the completion mark of sample {sample.sample_id} is damaged "
-                f"({error}); run `psd cache repair {self.path}`"
+                f"({error!s:.200}); run `psd cache repair {self.path}`"
             ) from None
         return {"files": files, **hashes}
 
@@ -406,6 +436,20 @@ class FeatureStore:
         """The bytes of one file of the store, or None."""
         buffer = sync(self._group.store.get(self._key(key), default_buffer_prototype()))
         return None if buffer is None else buffer.to_bytes()
+
+    def size(self, key: str) -> int | None:
+        """The bytes that one file of the store has, or None."""
+        try:
+            return int(sync(self._group.store.getsize(self._key(key))))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _get_json(self, key: str) -> bytes | None:
+        """As ``get``; a file that no honest store has is refused before it is read."""
+        size = self.size(key)
+        if size is not None and size > _MAX_JSON_BYTES:
+            raise StoreError(f"{self.path}: {key} has {size} bytes, more than any store's; {_ANEW}")
+        return None if size is None else self.get(key)
 
     def bytes_of(self, sample: StoredSample) -> dict[str, int]:
         """Bytes on disk of one complete sample, by array."""
@@ -421,26 +465,19 @@ class FeatureStore:
         prefix = self._group.path
         return f"{prefix}/{key}" if prefix else key
 
-    def _size(self, key: str) -> int | None:
-        try:
-            return int(sync(self._group.store.getsize(self._key(key))))
-        except FileNotFoundError:
-            return None
-
     def _array(self, name: str) -> zarr.Array:
         if name not in self._arrays:
             if not name.startswith("instances/"):
                 self._check_metadata(f"{name}/zarr.json")
             try:
+                self._check_layout(name)
                 array = self._group[name]
-            except (KeyError, ValueError, TypeError, zarr.errors.BaseZarrError) as error:
+                if not isinstance(array, zarr.Array):
+                    raise ValueError("it is no array")
+            except (*_DAMAGE, zarr.errors.BaseZarrError) as error:
                 raise StoreError(
-                    f"{self.path}: array {name} is missing or damaged ({error}); {_ANEW}"
+                    f"{self.path}: array {name} is missing or damaged ({error!s:.200}); {_ANEW}"
                 ) from None
-            if not isinstance(array, zarr.Array):
-                raise StoreError(f"{self.path}: {name} is not an array; {_ANEW}")
-            if not name.startswith("instances/"):
-                self._check_shape(name, array)
             self._arrays[name] = array
         return self._arrays[name]
 
@@ -452,7 +489,7 @@ class FeatureStore:
         """
         for _ in range(2):
             accepted = self._metadata.get(key, ())
-            if not self._metadata or checksum(self.get(key)) in accepted:
+            if not self._metadata or checksum(self._get_json(key)) in accepted:
                 return
             self.reload()  # another process may have registered samples since
         what = f"array {key.split('/', 1)[0]}" if "/" in key else "the store itself"
@@ -462,19 +499,60 @@ class FeatureStore:
         )
 
     def _check_instances(self, sample: StoredSample, key: str) -> None:
-        if checksum(self.get(key)) != self.read_mark(sample)["files"].get(key):
+        if checksum(self._get_json(key)) != self.read_mark(sample)["files"].get(key):
             raise StoreError(
                 f"{self.path}: sample {sample.sample_id} is damaged, {key} has another checksum; "
                 f"run `psd cache repair {self.path}`"
             )
 
-    def _check_shape(self, name: str, array: zarr.Array) -> None:
-        expected = self.array_shapes[name]
-        if array.shape[1:] != expected[0] or str(array.dtype) != expected[1]:
-            raise StoreError(
-                f"{self.path}: array {name} has shape {array.shape} and dtype {array.dtype}, "
-                f"the store says (samples, {', '.join(map(str, expected[0]))}); {_ANEW}"
+    def _check_layout(self, name: str) -> None:
+        """An array must be what a writer makes, before zarr makes anything of its metadata.
+
+        Its shape and dtype are those that the store says, a sample is one file, and no codec stands
+        in it but those that a writer uses: so a row unpacks to as many bytes as the store says.
+
+        Raises:
+            ValueError, or another of ``_DAMAGE``: If it is something else.
+        """
+        metadata = json.loads(self._get_json(f"{name}/zarr.json") or b"null")
+        if metadata is None:
+            raise ValueError("there is no such file")
+        rows, *shape = metadata["shape"]
+        if name.startswith("instances/"):
+            shape, row, dtype = [rows, *shape], [], "int32"
+            if len(shape) != 2 or not 0 < math.prod(map(_whole, shape)) <= MAX_PIXELS:
+                raise ValueError(f"objects of shape {shape!r:.60}")
+            expected = shape
+        else:
+            sides, dtype = self.array_shapes[name]
+            row, expected = [1], list(sides)
+            if not 0 <= _whole(rows) < 1 << 32:
+                raise ValueError(f"it has {rows!r:.60} rows")
+        if shape != expected or metadata["data_type"] != dtype:
+            raise ValueError(
+                f"it has rows of shape {shape!r:.60} and dtype {metadata['data_type']!r:.60}, "
+                f"the store says {expected} and {dtype}"
             )
+        if (
+            metadata["node_type"] != "array"
+            or metadata["chunk_grid"]["name"] != "regular"
+            or metadata["chunk_grid"]["configuration"]["chunk_shape"] != [*row, *expected]
+            or metadata.get("storage_transformers")
+        ):
+            raise ValueError("a sample of it is not one file")
+        codecs = metadata["codecs"]
+        if [codec["name"] for codec in codecs] == ["sharding_indexed"]:
+            settings = codecs[0]["configuration"]
+            chunk = settings["chunk_shape"]
+            sides_of = zip([*row, *expected], chunk, strict=True)
+            if not all(_whole(part) > 0 and side % part == 0 for side, part in sides_of):
+                raise ValueError(f"chunks of {chunk!r:.60} do not tile {expected}")
+            if not {codec["name"] for codec in settings["index_codecs"]} <= {"bytes", "crc32c"}:
+                raise ValueError("its index has an unknown codec")
+            codecs = settings["codecs"]
+        for codec in codecs:
+            if codec["name"] not in _CODECS:
+                raise ValueError(f"it has the codec {codec['name']!r:.60}")
 
     def _read(
         self, sample: StoredSample, name: str, where: tuple[slice | None, ...] | None
@@ -489,15 +567,22 @@ class FeatureStore:
             self._check_instances(sample, f"{name}/zarr.json")
         array = self._array(name)
         try:
-            if where is None:
-                return np.asarray(array[...])
+            if not where:
+                # One chunk, which zarr would unpack to whatever it claims.
+                codecs: Any = array.metadata.to_dict()["codecs"]
+                if not is_plain_chunk(list(codecs)):
+                    raise ValueError("its codecs are not those of a store")
+                shape = array.shape if where is None else array.shape[1:]
+                start = f"{name}/c/" if where is None else f"{name}/c/{sample.index}/"
+                key = start + "/".join("0" for _ in shape)
+                return decode_chunk(self.get(key) or b"", shape, array.dtype)
             selection = tuple(slice(None) if part is None else part for part in where)
             row: tuple[int | slice, ...] = (sample.index, *selection)
             return np.asarray(array[row])
-        except (ValueError, RuntimeError, zarr.errors.BaseZarrError) as error:
+        except (*_DAMAGE, RuntimeError, zarr.errors.BaseZarrError) as error:
             # A chunk whose checksum or compressed stream is wrong.
             raise StoreError(
-                f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error}); "
+                f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error!s:.200}); "
                 f"run `psd cache repair {self.path}`"
             ) from None
 
@@ -519,9 +604,9 @@ class FeatureStore:
         selection = [slice(None) if part is None else part for part in where]
         try:
             return read_shard(file, array.shape[1:], shard, array.dtype, selection)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, MemoryError) as error:
             raise StoreError(
-                f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error}); "
+                f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error!s:.200}); "
                 f"run `psd cache repair {self.path}`"
             ) from None
 
@@ -542,13 +627,19 @@ class FeatureStore:
             self.provenance = dict(values["provenance"])
             self.card = DatasetCard.from_dict(values["dataset"])
             self.model = dict(values["model"])
+            if not 0 < _whole(self.model["embed_dim"]) <= _MAX_EMBED_DIM:
+                raise ValueError(f"embeddings of {self.model['embed_dim']!r:.60}")
+            _line(self.model["name"])
             levels = {
                 str(name): Level.from_dict(str(name), level)
                 for name, level in values["levels"].items()
             }
-        except (KeyError, TypeError, ValueError, AttributeError, ConfigError, DataError) as error:
+            for level in levels.values():
+                if level.cells_per_patch > self.card.rule.patch_px:
+                    raise ValueError(f"{level.name} has {level.cells_per_patch!r:.60} cells")
+        except (*_DAMAGE, ConfigError, DataError) as error:
             raise StoreError(
-                f"{self.path}: its attributes are damaged ({error!r}); {_ANEW}"
+                f"{self.path}: its attributes are damaged ({error!r:.300}); {_ANEW}"
             ) from None
         if self.fingerprint != self.recipe.fingerprint():
             raise StoreError(
@@ -563,10 +654,10 @@ class FeatureStore:
 
         That is one checksum each, and two while samples are registered.
         """
-        size = self._size(SAMPLES_KEY)
+        size = self.size(SAMPLES_KEY)
         if size is None:
             return [], {}
-        if size > _MAX_JSON_BYTES:
+        if size > _MAX_TABLE_BYTES:
             raise StoreError(f"{self.path}: {SAMPLES_KEY} has {size} bytes, more than a table can")
         try:
             table = unsealed(self.get(SAMPLES_KEY) or b"")
@@ -577,9 +668,9 @@ class FeatureStore:
                 str(key): [(int(size), int(crc)) for size, crc in accepted]
                 for key, accepted in table["files"].items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except _DAMAGE as error:
             raise StoreError(
-                f"{self.path}: {SAMPLES_KEY} is damaged ({error!r}); {_ANEW}"
+                f"{self.path}: {SAMPLES_KEY} is damaged ({error!r:.300}); {_ANEW}"
             ) from None
         if len({sample.sample_id for sample in samples}) != len(samples):
             raise StoreError(
@@ -591,8 +682,7 @@ class FeatureStore:
         async def names() -> list[str]:
             return [name async for name in self._group.store.list_dir(self._key(MARKS_FOLDER))]
 
-        stems = (name.removesuffix(".json") for name in sync(names()) if name.endswith(".json"))
-        return {int(stem) for stem in stems if stem.isdigit()}
+        return {int(match[1]) for name in sync(names()) if (match := _MARK.fullmatch(name))}
 
 
 def open_group(path: str | Path, mode: str = "r") -> zarr.Group:
@@ -602,13 +692,17 @@ def open_group(path: str | Path, mode: str = "r") -> zarr.Group:
         StoreError: If nothing is there, or it is no Zarr group.
     """
     try:
+        metadata = Path(path) / "zarr.json"
+        if metadata.is_file() and metadata.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"its zarr.json has {metadata.stat().st_size} bytes")
         return zarr.open_group(str(path), mode=mode, zarr_format=3)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise StoreError(
             f"{path}: there is no feature store; make one with `psd extract`"
         ) from None
-    except (ValueError, KeyError, TypeError, zarr.errors.BaseZarrError) as error:
-        raise StoreError(f"{path} cannot be read as a feature store ({error}); {_ANEW}") from None
+    except (*_DAMAGE, zarr.errors.BaseZarrError) as error:
+        reason = f"{error!s:.200}" or type(error).__name__
+        raise StoreError(f"{path} cannot be read as a feature store ({reason}); {_ANEW}") from None
 
 
 def array_shapes(
@@ -660,9 +754,23 @@ def sample_bytes(levels: dict[str, Level], patches_per_side: int, dtype: str) ->
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
     first, second = values
-    if not (math.isfinite(first) and math.isfinite(second)):
-        raise ValueError(f"not a size: {values!r}")
-    return int(first), int(second)
+    if not all(1 <= _whole(side) <= MAX_PIXELS for side in (first, second)):
+        raise ValueError(f"not a size: {values!r:.60}")
+    return first, second
+
+
+def _whole(value: object) -> int:
+    """A whole number; ValueError of anything else."""
+    if type(value) is not int:
+        raise ValueError(f"not a whole number: {value!r:.60}")
+    return value
+
+
+def _line(value: object) -> str:
+    """Text that may be printed; ValueError of anything else."""
+    if not isinstance(value, str) or len(value) > _MAX_TEXT or not value.isprintable():
+        raise ValueError(f"not a line of text: {value!r:.60}")
+    return value
 
 
 def _runs(taps: Sequence[Any]) -> list[tuple[int, int]]:

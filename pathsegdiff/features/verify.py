@@ -45,12 +45,12 @@ def verify_sample(store: FeatureStore, sample: StoredSample) -> list[Finding]:
         if row_key(name, sample.index, len(shape)) not in files
     ]
     for key, (size, checksum) in files.items():
-        content = store.get(key)
-        if content is None:
+        there = store.size(key)
+        if there is None:
             problem = "is missing"
-        elif len(content) != size:
-            problem = f"has {len(content)} bytes instead of {size}"
-        elif zlib.crc32(content) != checksum:
+        elif there != size:  # and is not read: it could be of any size
+            problem = f"has {there} bytes instead of {size}"
+        elif zlib.crc32(store.get(key) or b"") != checksum:
             problem = "has another checksum"
         else:
             continue

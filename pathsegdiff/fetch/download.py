@@ -126,7 +126,10 @@ def check_drive_id(text: object) -> str:
 
 def one_line(value: object, limit: int = 300) -> str:
     """Text of a server or a file as one printable line."""
-    words = " ".join(str(value).split())
+    try:
+        words = " ".join(str(value).split())
+    except (ValueError, RecursionError):  # a number of thousands of digits, or nested for ever
+        words = f"a {type(value).__name__} that cannot be shown"
     text = "".join(letter if letter.isprintable() else "?" for letter in words)
     return text if len(text) <= limit else f"{text[:limit]}..."
 

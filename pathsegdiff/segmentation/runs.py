@@ -218,11 +218,14 @@ def read_config(path: Path) -> RunConfig:
         TypeError,
         ValueError,
         AttributeError,
+        OverflowError,
         RecursionError,
         PathSegDiffError,
     ) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise RunError(f"{file} is damaged ({reason}); train again into another --out") from None
+        raise RunError(
+            f"{file} is damaged ({reason:.300}); train again into another --out"
+        ) from None
     raise RunError(f"{path} is a run of `psd baseline`, not of `psd train-head`; choose another")
 
 
@@ -239,6 +242,12 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> Run:
     file = path / HEAD_FILE
     if not file.is_file():
         raise RunError(f"{path} has no {HEAD_FILE} yet; continue it with `psd train-head`")
+    channels = sum(level.channels for level in config.levels)
+    size = 4 * head_parameters(channels, config.num_outputs, config.head_width)
+    if size > file.stat().st_size:  # before a head of any size is made
+        raise RunError(
+            f"{file} does not fit its config, which describes a head of {size} bytes; train again"
+        )
     try:
         head = build_head(config)
     except (ValueError, RuntimeError, IndexError) as error:
