@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,26 @@ def sync_below(root: Path, files: Iterable[Path]) -> None:
         folders |= {parent for parent in file.parents if parent.is_relative_to(root)}
     for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
         sync(folder)
+
+
+def refuse_packed(path: Path) -> None:
+    """Refuse a zip archive that unpacks to more than it is, before torch.load takes memory for it.
+
+    torch.save never compresses. What is no zip archive is left to whoever reads it.
+
+    Raises:
+        ValueError: If an entry is compressed, or they hold more bytes together than the file.
+        OSError: If it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError):
+        return
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed, which torch.save never does")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("it claims to hold more bytes than it has")
 
 
 def file_sha256(path: Path) -> str:

@@ -1,9 +1,11 @@
 """Files are replaced whole or not at all."""
 
+import zipfile
+
 import pytest
 
 from pathsegdiff import files
-from pathsegdiff.files import replace_file
+from pathsegdiff.files import refuse_packed, replace_file
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
@@ -37,3 +39,22 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
 def test_the_folder_is_made(tmp_path):
     replace_file(tmp_path / "a" / "b" / "file", lambda file: file.write_text("there"))
     assert (tmp_path / "a" / "b" / "file").read_text() == "there"
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"no archive at all")
+    refuse_packed(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data/0", bytes(1000))
+    refuse_packed(path)
+    claims = bytearray(path.read_bytes())
+    at = claims.index(b"PK\x01\x02") + 24  # the size, in the index at the end
+    claims[at : at + 4] = (1 << 31).to_bytes(4, "little")
+    path.write_bytes(claims)
+    with pytest.raises(ValueError, match="claims to hold more bytes than it has"):
+        refuse_packed(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data/0", bytes(1000))
+    with pytest.raises(ValueError, match=r"compressed, which torch\.save never does"):
+        refuse_packed(path)

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import functools
 import io
@@ -417,3 +418,73 @@ def test_a_missing_file_a_folder_and_another_archive_are_named(tmp_path):
         archive.writestr("readme.txt", "x")
     with pytest.raises(BundleError, match=r"zip archive, but not one that torch\.save wrote"):
         open_checkpoint(tmp_path / "other.zip")
+
+
+def _twice(times: int) -> bytes:
+    """A tuple of two of itself, so many times: 2**times things to write out or to compare."""
+    return b")" + b"2\x86" * times
+
+
+_STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000N"
+_LONG = b"\x8b\xb8\x0b\x00\x00" + b"\x7f" * 3000
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (_twice(60) + b")R.", "asks to run <tuple>"),
+        (_STORAGE + _twice(60) + b"tQ.", "a storage of <tuple> elements"),
+        (_STORAGE + _LONG + b"tQ.", "a storage of <int> elements"),
+    ],
+    ids=["call", "elements", "number"],
+)
+def test_a_message_about_what_is_nested_costs_nothing(tmp_path, data, message):
+    with pytest.raises(BundleError, match=message):
+        open_checkpoint(_zip_with_pickle(tmp_path / "x.ckpt", b"\x80\x02" + data))
+
+
+def test_rebuilding_within_rebuilding_ends(tmp_path):
+    rebuild = b"ctorch._tensor\n_rebuild_from_type_v2\n"
+    # (rebuild, kind, (rebuild, kind, ( ... )))
+    data = b"\x80\x02" + rebuild + b"(" + (rebuild + b"N(") * 3000 + b"NN" + b"tNt" * 3000 + b"R."
+    with pytest.raises(BundleError, match="its pickle is broken"):
+        open_checkpoint(_zip_with_pickle(tmp_path / "x.ckpt", data))
+
+
+def test_names_in_a_pickle_cannot_drive_a_terminal(tmp_path):
+    data = b"\x80\x04" + _stack_global(b"os\x1b[2J", b"a\nsystem") + b")R."
+    with pytest.raises(BundleError, match="asks to run") as error:
+        open_checkpoint(_zip_with_pickle(tmp_path / "x.ckpt", data))
+    assert str(error.value).isprintable()
+
+
+def test_the_version_of_an_old_file_may_be_anything(tmp_path):
+    path = _save(tmp_path / "x.ckpt", {"w": torch.ones(1)}, zipped=False)
+    content = path.read_bytes()
+    version = pickle.dumps(1001, protocol=2)
+    huge = b"\x80\x02\x8b\xb8\x0b\x00\x00" + b"\x7f" * 3000 + b"."
+    for odd in (huge, b"\x80\x02" + _twice(60) + b"."):
+        path.write_bytes(content.replace(version, odd, 1))
+        with pytest.raises(BundleError, match="its format version is <(int|tuple)>, not 1001"):
+            open_checkpoint(path)
+
+
+def test_an_encrypted_archive_is_one_line(tmp_path):
+    path = _save(tmp_path / "x.ckpt", {"w": torch.ones(1)})
+    content = bytearray(path.read_bytes())
+    for start, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := content.find(start, at + 1)) >= 0:
+            content[at + flags] |= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="cannot be read"):
+        open_checkpoint(path)
+
+
+def test_an_empty_tensor_may_not_claim_sides_that_no_memory_has(tmp_path):
+    path = _save(tmp_path / "x.ckpt", {"w": torch.ones(3)})
+    shape = (1 << 47, 0, 1 << 47, 1 << 47)
+    with open_checkpoint(path) as checkpoint:
+        ref = dataclasses.replace(checkpoint.root["w"], shape=shape, stride=(1, 1, 1, 1))
+        with pytest.raises(BundleError, match="w has an impossible shape"):
+            checkpoint.read("w", ref)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pathsegdiff.diffusion.third_party import create_model
 from pathsegdiff.errors import BundleError
-from pathsegdiff.files import file_sha256
+from pathsegdiff.files import file_sha256, refuse_packed
 
 #: The package's inputs are RGB in [0, 1], less this mean and divided by this deviation.
 MEAN = (0.5, 0.5, 0.5)
@@ -40,6 +40,7 @@ def efficientnet_lite0_state() -> dict[str, Tensor]:
     try:
         # Only tensors and plain values: nothing in the file can run code.
         with warnings.catch_warnings(action="ignore"):
+            refuse_packed(file)
             found = torch.load(file, map_location="cpu", weights_only=True)
         tensors = list(found.values())
         shapes = [tuple(value.shape) for value in tensors]

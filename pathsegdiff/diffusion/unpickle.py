@@ -106,6 +106,8 @@ _REBUILD_TENSOR = frozenset(
         "torch._utils._rebuild_tensor_v3",
     }
 )
+#: What reading an entry of a damaged archive can raise; RuntimeError is an encrypted one.
+_UNREADABLE = (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError)
 #: What a broken pickle can raise while it is carried out.
 _BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError)
 _REBUILD_PARAMETER = frozenset(
@@ -220,11 +222,14 @@ class Checkpoint:
             self._last = None  # free it before the next one is read
             try:
                 self._last = storage.key, self._storages.read(storage)
-            except (_DamagedError, zipfile.BadZipFile, EOFError, OSError) as error:
+            except (_DamagedError, *_UNREADABLE) as error:
                 raise BundleError(f"{self.path}: {name} cannot be read: {error}") from None
-        view = torch.as_strided(self._last[1], ref.shape, ref.stride, ref.offset)
-        whole = ref.numel == storage.numel and view.is_contiguous()
-        return view if whole else view.clone(memory_format=torch.contiguous_format)
+        try:
+            view = torch.as_strided(self._last[1], ref.shape, ref.stride, ref.offset)
+            whole = ref.numel == storage.numel and view.is_contiguous()
+            return view if whole else view.clone(memory_format=torch.contiguous_format)
+        except RuntimeError:  # of an empty tensor, whose other sides can be anything
+            raise BundleError(f"{self.path}: {name} has an impossible shape") from None
 
 
 class _Storages:
@@ -351,7 +356,7 @@ class _ZipStorages(_Storages):
             raise _DamagedError(f"{name} has {info.file_size} bytes, more than any checkpoint's")
         try:
             return self._archive.read(info)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except _UNREADABLE as error:
             raise _DamagedError(f"{name} cannot be read ({error})") from None
 
     def _info(self, name: str) -> zipfile.ZipInfo:
@@ -644,7 +649,7 @@ class _Machine:
         dtype = _STORAGE_DTYPES.get(kind.name.rpartition(".")[2])
         if dtype is None:
             raise _DamagedError(f"it has a storage of the unknown kind {kind.name!r:.60}")
-        if not isinstance(key, str) or type(numel) is not int or numel < 0:
+        if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 1 << 48:
             raise _DamagedError(f"it has a storage of {_shown(numel)} elements")
         storage = StorageRef(key, dtype, numel)
         self._check_storage(storage)
@@ -732,7 +737,7 @@ def _shown(value: Any) -> str:
         return repr(value[:40])
     if isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 1 << 64):
         return repr(value)
-    return f"a {type(value).__name__}"
+    return f"<{type(value).__name__}>"
 
 
 def _instructions(stream: _Bounded) -> Iterator[tuple[str, Any]]:

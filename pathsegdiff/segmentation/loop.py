@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from pathsegdiff.device import device_name
 from pathsegdiff.errors import DivergedError, RunError
 from pathsegdiff.evaluation.confusion import scores
-from pathsegdiff.files import replace_file
+from pathsegdiff.files import refuse_packed, replace_file
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.segmentation.runs import (
     CHECKPOINT_FILE,
@@ -359,6 +359,7 @@ class TrainingLoop(ABC, Generic[Batch]):
         try:
             # Only tensors and plain values: a checkpoint from elsewhere cannot run code.
             with warnings.catch_warnings(action="ignore"):
+                refuse_packed(file)
                 state = torch.load(file, map_location=self.device, weights_only=True)
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])

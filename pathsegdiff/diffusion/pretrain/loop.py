@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pathsegdiff.device import autocast
 from pathsegdiff.diffusion.third_party import EMAModel
 from pathsegdiff.errors import RunError
-from pathsegdiff.files import replace_file
+from pathsegdiff.files import refuse_packed, replace_file
 from pathsegdiff.interrupt import deferred_interrupt
 
 logger = logging.getLogger(__name__)
@@ -348,6 +348,7 @@ class TrainingLoop:
 
     def _load(self, file: Path) -> None:
         try:  # weights_only: nothing in the file is executed
+            refuse_packed(file)
             state = torch.load(file, map_location="cpu", weights_only=True)
             self.part.trained.load_state_dict(state["weights"])
             self.part.load_extra_state(state["extra"])

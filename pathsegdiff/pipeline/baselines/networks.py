@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pathsegdiff.diffusion import imagenet
 from pathsegdiff.errors import RunError
-from pathsegdiff.files import file_sha256
+from pathsegdiff.files import file_sha256, refuse_packed
 from pathsegdiff.pipeline.baselines.dcan import DCAN
 from pathsegdiff.pipeline.baselines.fcn8s import FCN8s
 
@@ -192,6 +192,7 @@ def _load_file(architecture: Architecture, network: nn.Module, file: Path) -> No
         if file.suffix == ".safetensors":
             state = load_file(file)
         else:  # only tensors and plain values: nothing in the file can run code
+            refuse_packed(file)
             state = torch.load(file, map_location="cpu", weights_only=True)
         _load_encoder(network, dict(state))
     except OSError as error:
