@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from pathsegdiff.config import ALL_TAPS
 from pathsegdiff.data.manifest import open_dataset
@@ -275,6 +276,124 @@ def test_weights_that_do_not_fit_the_config_are_named(copy):
     _replace(copy, "encoder", lambda config: config.update(depth=1, mlp_ratio=2.0))
     with pytest.raises(BundleError, match=r"mlp\.fc1\.weight is \(128, 32\) instead of \(64, 32\)"):
         load_bundle(copy).load()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent": {"kind": "vq", "scale": 10**400}}, r"latent: scale must be above 0, got 1000"),
+        ({"latent": {"kind": "vq", "scale": float("inf")}}, r"scale must be above 0, got inf"),
+        ({"head_width": 10**4000}, "head_width must be 4 to 4096"),
+        ({"title": "\x1b[2J"}, "title must be one line of text"),
+        ({"licence": "x" * 5000}, "licence must be one line of text"),
+    ],
+)
+def test_a_number_or_a_text_that_cannot_be_is_one_line(copy, changes, message):
+    _edit(copy, **changes)
+    with pytest.raises(BundleError, match=message) as error:
+        load_bundle(copy)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("autoencoder", {"vq_embed_dim": {}}, "vq_embed_dim must be a whole number"),
+        ("autoencoder", {"norm_num_groups": 0}, "no such model can be built"),
+        ("unet", {"down_block_types": [True] * 4}, "down_block_types must name one block"),
+        ("unet", {"transformer_layers_per_block": 10**9}, "must be 1 to 64, got 1000000000"),
+        ("unet", {"transformer_layers_per_block": [1, [1], 1e9, 1]}, "must be 1 to 64"),
+        ("unet", {"act_fn": ["silu"]}, "no such model can be built"),
+    ],
+)
+def test_settings_that_make_no_network_are_one_line(copy, part, change, message):
+    _replace(copy, part, lambda config: config.update(change))
+    with pytest.raises(BundleError, match=message) as error:
+        _load_one(copy, part)
+    assert str(error.value).isprintable()
+
+
+def _rewrite(folder, part, content: bytes):
+    """Put other weights into a bundle, and their hash into its card."""
+    file = folder / bundles.WEIGHT_FILES[part]
+    file.write_bytes(content)
+    card = json.loads((folder / "model.json").read_text())
+    card["files"][bundles.WEIGHT_FILES[part]] = bundles.file_sha256(file)
+    write_json(folder / "model.json", card)
+
+
+def _load_one(folder, part):
+    """What ``Bundle.load`` does with one of its four parts."""
+    return load_bundle(folder)._load_part(part, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("unet", float("nan")),
+        ("autoencoder", float("inf")),
+        ("encoder", float("-inf")),
+        ("conditioner", float("nan")),
+    ],
+)
+def test_weights_that_are_not_finite_are_named_before_any_feature_is_made(copy, part, value):
+    tensors = load_file(copy / bundles.WEIGHT_FILES[part])
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[-1] = value
+    _rewrite(copy, part, save(tensors))
+    with pytest.raises(BundleError, match=rf"{part}/.*: {name} holds values that are not finite"):
+        _load_one(copy, part)
+
+
+def test_large_weights_are_none_unless_the_dtype_cannot_hold_them(copy):
+    tensors = load_file(copy / bundles.WEIGHT_FILES["conditioner"])
+    weight = tensors["patch_fc.weight"] = tensors["patch_fc.weight"].float()
+    weight[0] = 3e38  # finite, though their sum is not
+    _rewrite(copy, "conditioner", save(tensors))
+    _load_one(copy, "conditioner")
+    message = r"patch_fc\.weight holds values that are not finite in float16.* float32"
+    with pytest.raises(BundleError, match=message):
+        load_bundle(copy)._load_part("conditioner", torch.device("cpu"), torch.float16)
+
+
+def _safetensors(header: object, length: int | None = None, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+ABSURD = {
+    "header of 2**60 bytes": _safetensors({}, 1 << 60),
+    "header longer than the file": _safetensors({}, 10_000),
+    "no header": _safetensors(b"\xff\xfe"),
+    "header nested for ever": _safetensors(b'{"a":' * 50_000),
+    "shape": _safetensors(
+        {"w": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 4]}}, data=bytes(4)
+    ),
+    "overflowing shape": _safetensors(
+        {"w": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 4]}}, data=bytes(4)
+    ),
+    "offsets beyond": _safetensors(
+        {"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}, data=bytes(4)
+    ),
+    "offsets backwards": _safetensors(
+        {"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}, data=bytes(4)
+    ),
+    "one place for two": _safetensors(
+        {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"},
+        data=bytes(4),
+    ),
+    "unknown dtype": _safetensors(
+        {"w": {"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 8]}}, data=bytes(8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_a_safetensors_header_that_cannot_be_is_one_line(copy, name):
+    _rewrite(copy, "conditioner", ABSURD[name])
+    with pytest.raises(BundleError, match=r"conditioner/model\.safetensors is not a safe") as error:
+        _load_one(copy, "conditioner")
+    assert str(error.value).isprintable()
 
 
 # Computing

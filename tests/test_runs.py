@@ -145,6 +145,56 @@ def test_a_head_with_a_tensor_too_few_or_not_finite_is_refused(copy):
         load_run(copy)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: head.update(width=1 << 40),
+        lambda head: head.update(num_outputs=1 << 40),
+        lambda head: head["levels"][0]["taps"][0].__setitem__(1, 1 << 40),
+    ],
+)
+def test_a_head_that_is_larger_than_its_file_is_never_made(copy, change, monkeypatch):
+    monkeypatch.setattr("pathsegdiff.segmentation.runs.FCNHead", None)
+    edit(copy, lambda values: change(values["head"]))
+    with pytest.raises(RunError, match=r"does not fit its config, which describes a head of \d+"):
+        load_run(copy)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_head_with_a_value_that_is_not_finite_is_named(copy, value):
+    file = copy / "head.safetensors"
+    tensors = load_file(file)
+    tensors["project.weight"].view(-1)[3] = value
+    save_file(tensors, file)
+    with pytest.raises(RunError, match=r"project.weight holds values that are not finite"):
+        load_run(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values["head"].update(width=float("inf")),
+        lambda values: values.update(class_pixels=[float("inf")]),
+        lambda values: values.update(class_weights=[10**400]),
+        lambda values: values["dataset"].update(title="a\x1b[2J"),
+        lambda values: values["model"].update(name="two\nlines"),
+    ],
+)
+def test_a_config_with_what_cannot_be_is_one_line(copy, change):
+    edit(copy, change)
+    with pytest.raises(RunError, match=r"config.json is damaged") as error:
+        load_run(copy)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("length", [1 << 60, 10_000_000, 3])
+def test_a_head_file_whose_header_cannot_be_is_damaged(copy, length):
+    file = copy / "head.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(RunError, match=r"head.safetensors is damaged"):
+        load_run(copy)
+
+
 def test_a_store_with_more_samples_of_the_same_recipe_fits(trained, tmp_path):
     check_fits(load_run(trained), build_store(tmp_path / "longer.zarr", train=6, test=3))
 

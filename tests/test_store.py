@@ -2,13 +2,19 @@
 
 import json
 import shutil
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
 import zarr
 from filelock import FileLock
+from numcodecs import Zstd
 from torch.nn import functional as F
 
 from pathsegdiff.config import ALL_TAPS, Recipe
@@ -16,9 +22,11 @@ from pathsegdiff.errors import StoreError
 from pathsegdiff.features import writer as writer_module
 from pathsegdiff.features.layout import TapSpec, plan_levels
 from pathsegdiff.features.seal import sealed, unsealed
+from pathsegdiff.features.shards import ShardFormat, read_shard
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.features.verify import verify_sample, verify_store
 from pathsegdiff.features.writer import open_existing
+from tests.helpers_hostile import change_json, change_sealed, reseal
 from tests.helpers_store import (
     GLANDS,
     TAPS,
@@ -470,3 +478,196 @@ def test_no_hash_is_offered_as_an_option(tmp_path, field, remedy):
         open_writer(path, **{field: "c" * 64}),
     ):
         pass
+
+
+# Made to deceive: every checksum fits
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory) -> Path:
+    return Path(build_store(tmp_path_factory.mktemp("h") / "s.zarr", train=1, test=0).path)
+
+
+@pytest.fixture
+def hostile(honest, tmp_path) -> Path:
+    return Path(shutil.copytree(honest, tmp_path / "hostile.zarr"))
+
+
+@contextmanager
+def _little_memory(limit: int = 20 << 20) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+def _configuration(metadata, codec: int = 0) -> dict[str, Any]:
+    return metadata["codecs"][codec]["configuration"]
+
+
+HUGE = 1 << 60
+SHARDED = {
+    "rows": (lambda m: m["shape"].__setitem__(0, HUGE), "it has 1152921504606846976 rows"),
+    "channels": (lambda m: m["shape"].__setitem__(1, HUGE), "it has rows of shape"),
+    "no shape": (lambda m: m.update(shape=[]), "is missing or damaged"),
+    "fractions": (lambda m: m["shape"].__setitem__(0, 1.5), "not a whole number: 1.5"),
+    "shard": (
+        lambda m: m["chunk_grid"]["configuration"]["chunk_shape"].__setitem__(0, HUGE),
+        "a sample of it is not one file",
+    ),
+    "chunk": (lambda m: _configuration(m)["chunk_shape"].__setitem__(1, HUGE), "do not tile"),
+    "no chunk": (lambda m: _configuration(m)["chunk_shape"].__setitem__(1, 0), "do not tile"),
+    "objects": (lambda m: m.update(data_type="string"), "and dtype 'string'"),
+    "bytes": (lambda m: m.update(data_type="r8000000000"), "and dtype 'r8000000000'"),
+    "named dtype": (
+        lambda m: m.update(data_type={"name": "variable_length_bytes"}),
+        "and dtype {'name': 'variable_length_bytes'}",
+    ),
+    "codec": (lambda m: m.update(codecs=[{"name": "numcodecs.pickle"}]), "'numcodecs.pickle'"),
+    "unpacker": (
+        lambda m: _configuration(m)["codecs"].insert(1, {"name": "gzip"}),
+        "it has the codec 'gzip'",
+    ),
+    "shards in shards": (
+        lambda m: _configuration(m)["codecs"].insert(0, {"name": "sharding_indexed"}),
+        "it has the codec 'sharding_indexed'",
+    ),
+    "group": (lambda m: m.update(node_type="group"), "not one file"),
+    "transformer": (lambda m: m.update(storage_transformers=[{"name": "x"}]), "not one file"),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_metadata_that_no_writer_makes_is_refused_before_memory_is_taken(hostile, name):
+    change, message = SHARDED[name]
+    change_json(hostile / "stride_4" / "zarr.json", change)
+    reseal(hostile)
+    with _little_memory():
+        store = FeatureStore.open(hostile)
+        with pytest.raises(StoreError, match="array stride_4 is missing or damaged") as error:
+            store.read_level(store.samples()[0], "stride_4")
+        with pytest.raises(StoreError, match="array stride_4 is missing or damaged"):
+            store.check_arrays()
+    assert message in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_metadata_nested_for_ever_is_one_line(hostile):
+    (hostile / "label" / "zarr.json").write_text('{"shape": ' + "[" * 100_000)
+    reseal(hostile)
+    store = FeatureStore.open(hostile)
+    with pytest.raises(StoreError, match="array label is missing or damaged"):
+        store.label(store.samples()[0])
+    (hostile / "zarr.json").write_text("[" * 100_000)
+    with pytest.raises(StoreError, match="cannot be read as a feature store"):
+        FeatureStore.open(hostile)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: own["model"].update(embed_dim=HUGE), "embeddings of 1152921504606846976"),
+        (lambda own: own["model"].pop("embed_dim"), "KeyError"),
+        (lambda own: own["model"].update(name="a\x1b[2J"), "not a line of text"),
+        (lambda own: own["dataset"].update(title="two\nlines"), "not a line of text"),
+        (lambda own: own["dataset"].update(largest_source_px=[HUGE, 1]), "not a size"),
+        (lambda own: own["dataset"].update(source_mpp=10**400), "OverflowError"),
+        (lambda own: own["levels"]["stride_4"].update(cells_per_patch=HUGE), "stride_4 has"),
+        (lambda own: own["levels"]["stride_4"].update(stride=float("inf")), "OverflowError"),
+        (
+            lambda own: own["levels"]["stride_4"]["taps"][-1].__setitem__(2, HUGE),
+            "is not described as a level",
+        ),
+        (
+            lambda own: own["levels"].update({"../../x": own["levels"]["stride_4"]}),
+            "'../../x' is not described as a level",
+        ),
+    ],
+)
+def test_attributes_that_cannot_be_are_one_line(hostile, change, message):
+    change_json(hostile / "zarr.json", lambda group: change(group["attributes"]["pathsegdiff"]))
+    reseal(hostile)
+    with pytest.raises(StoreError) as error, _little_memory():
+        FeatureStore.open(hostile)
+    assert message in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def _bomb(size: int) -> bytes:
+    """A chunk that unpacks to so many zeros: a Zstandard frame and its CRC-32C."""
+    frame = Zstd(level=1).encode(bytes(size))
+    return frame + google_crc32c.value(frame).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("name", ["label/c/0/0/0", "embedding/c/0/0/0", "instances/0/c/0/0"])
+def test_a_chunk_that_unpacks_to_more_than_a_sample_has_is_not_unpacked(hostile, name):
+    (hostile / name).write_bytes(_bomb(64 << 20))
+    reseal(hostile)
+    array = name.split("/")[0]
+    with _little_memory():
+        store = FeatureStore.open(hostile)
+        read = getattr(store, array)
+        with pytest.raises(StoreError, match=rf"damaged in {array}.*does not unpack to \d+ bytes"):
+            read(store.samples()[0])
+
+
+def test_a_shard_that_is_shorter_than_its_row_is_refused_before_memory_is_taken(tmp_path):
+    # A whole index, and all of its 16,384 chunks of 64 kB the same one.
+    index = np.tile(np.array([0, 65540], "<u8"), 16384).tobytes()
+    file = tmp_path / "shard"
+    file.write_bytes(bytes(65540) + index + google_crc32c.value(index).to_bytes(4, "little"))
+    shape, dtype = (16384, 128, 256), np.dtype("float16")
+    with _little_memory(), pytest.raises(ValueError, match="too short for its chunks"):
+        where = [slice(None)] * 3
+        read_shard(file, shape, ShardFormat(chunk=(1, 128, 256)), dtype, where)
+
+
+def test_objects_of_an_absurd_size_are_refused_though_their_mark_fits(hostile):
+    def change(metadata):
+        metadata["shape"] = metadata["chunk_grid"]["configuration"]["chunk_shape"] = [HUGE, HUGE]
+
+    change_json(hostile / "instances" / "0" / "zarr.json", change)
+    reseal(hostile)
+    store = FeatureStore.open(hostile)
+    with _little_memory(), pytest.raises(StoreError, match="objects of shape"):
+        store.instances(store.samples()[0])
+
+
+@pytest.mark.parametrize("key", ["samples.json", "marks/00000000.json", "zarr.json"])
+def test_a_file_that_is_too_large_is_not_read(hostile, key):
+    with (hostile / key).open("r+b") as file:
+        file.truncate(1 << 30)
+    with _little_memory(), pytest.raises(StoreError, match="1073741824 bytes"):
+        store = FeatureStore.open(hostile)
+        store.label(store.samples()[0])
+
+
+@pytest.mark.parametrize("key", ["../../../etc/passwd", "/dev/zero", "label/../../x", "marks/x"])
+def test_a_mark_that_lists_what_is_no_file_of_the_store_is_damaged(hostile, key):
+    change_sealed(hostile / "marks/00000000.json", lambda mark: mark["files"].update({key: [0, 0]}))
+    store = FeatureStore.open(hostile)
+    (finding,) = verify_store(store)
+    assert "completion mark of sample train_0 is damaged (it lists" in finding.problem
+
+
+def test_numbers_in_marks_and_tables_that_are_none_are_damage(hostile):
+    mark, table = hostile / "marks/00000000.json", hostile / "samples.json"
+    change_sealed(mark, lambda mark: mark["files"].update({"label/c/0/0/0": [float("inf"), 0]}))
+    store = FeatureStore.open(hostile)
+    with pytest.raises(StoreError, match="completion mark of sample train_0 is damaged"):
+        store.label(store.samples()[0])
+    (hostile / "marks" / "\u00b2.json").write_text("{}")  # a digit, and no number
+    FeatureStore.open(hostile)
+    change_sealed(table, lambda t: t["samples"][0].update(source_px=[float("inf"), 1]))
+    with pytest.raises(StoreError, match=r"samples\.json is damaged"):
+        FeatureStore.open(hostile)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", ".x", "a\nb", "", "x" * 500, 3])
+def test_a_sample_whose_name_leads_elsewhere_is_refused(hostile, name):
+    change_sealed(hostile / "samples.json", lambda t: t["samples"][0].update(sample_id=name))
+    with pytest.raises(StoreError, match=r"samples\.json is damaged") as error:
+        FeatureStore.open(hostile)
+    assert str(error.value).isprintable()

@@ -339,8 +339,8 @@ class Bundle:
 def check_finite(name: str, value: Tensor, where: str) -> None:
     """Refuse a weight that would spread through every feature.
 
-    One pass over the memory, a tenth of what looking at every number costs: a sum shows any NaN and
-    infinity, and only where it is not finite itself is the tensor looked at again.
+    A sum shows any NaN and infinity, in a fraction of the time that looking at every number takes;
+    only where it is not finite itself is the tensor looked at again.
 
     Raises:
         BundleError: If it holds NaN or infinity.
@@ -350,7 +350,7 @@ def check_finite(name: str, value: Tensor, where: str) -> None:
     if not bool(value.isfinite().all()):
         raise BundleError(
             f"{where}: {name} holds values that are not finite in {str(value.dtype)[6:]}; "
-            "make the bundle again"
+            "get the model again, or compute in float32"
         )
 
 

@@ -31,6 +31,8 @@ CURVES_FILE = "curves.png"
 RESULT_FILE = "result.json"
 FORMAT = 1
 _MAX_JSON_BYTES = 1 << 26
+#: A head that its file falls short of by less is made all the same, to name the tensor.
+_MOST_SURPLUS = 1 << 26
 RANDOM_WEIGHTS = (
     "random weights: the model {name} was never trained, so these numbers are a floor, no result"
 )
@@ -128,6 +130,8 @@ class RunConfig:
             raise ValueError("its recipe does not match its fingerprint")
         for name in ("name", "sha256", "patch_px"):
             config.model[name]  # evaluation and prediction rely on them
+        if not str(config.model["name"]).isprintable():
+            raise ValueError(f"the model's name is {config.model['name']!r:.60}")
         return config
 
     def differences(self, other: "RunConfig") -> list[tuple[str, Any, Any]]:
@@ -244,7 +248,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> Run:
         raise RunError(f"{path} has no {HEAD_FILE} yet; continue it with `psd train-head`")
     channels = sum(level.channels for level in config.levels)
     size = 4 * head_parameters(channels, config.num_outputs, config.head_width)
-    if size > file.stat().st_size:  # before a head of any size is made
+    if size > file.stat().st_size + _MOST_SURPLUS:  # before a head of any size is made
         raise RunError(
             f"{file} does not fit its config, which describes a head of {size} bytes; train again"
         )
