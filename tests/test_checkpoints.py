@@ -326,6 +326,11 @@ BAD_STATES = [
         r"5 surplus tensors .*: control\.0, control\.1, control\.2 and 2 more; --ignore PREFIX",
     ),
     ({OUT: torch.full((3, 32, 3, 3), float("nan"))}, rf"{OUT} holds values that are not finite"),
+    ({OUT: torch.full((3, 32, 3, 3), -float("inf"))}, rf"{OUT} holds values that are not finite"),
+    (
+        {PATCH: torch.full((16, 24), 1e300, dtype=torch.float64)},
+        rf"{PATCH} holds values that are not finite",  # in float32
+    ),
     ({OUT: torch.zeros(3, 32, 3, 3, dtype=torch.int32)}, rf"{OUT} holds torch\.int32, not weights"),
     (
         {"alphas_cumprod": NoiseSchedule(beta_end=0.012).alphas_cumprod()},
@@ -493,6 +498,9 @@ def test_an_encoder_of_another_shape_than_hipts_must_be_described(tmp_path, proj
         ("linear_start", "much", "linear_start must be a number, got 'much'"),
         ("linear_start", 0.5, "betas must rise"),
         ("scale_factor", 0, "scale_factor must be a number above 0"),
+        ("scale_factor", 10**400, "scale_factor must be a number above 0"),
+        ("scale_factor", float("inf"), "scale_factor must be a number above 0, got inf"),
+        ("linear_start", float("nan"), "linear_start must be a number above 0, got nan"),
         ("scale_by_std", "yes please", "scale_by_std must be true or false"),
         (
             "first_stage_config__target",
@@ -538,6 +546,8 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path):
         ("[" * 50_000, "is not valid YAML for a project: nested too deeply"),
         ("a: &a [x]\n" + "".join(f"b{i}: *a\n" for i in range(20)), "more than 16 YAML aliases"),
         ("x" * (2 << 20), "too large to be a project YAML"),
+        ("a: 0x" + "f" * 5000, "is no project YAML: a value has 5002 letters"),
+        ("a: " + "\x1b", "is not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_project_is_one_line(tmp_path, text, message):

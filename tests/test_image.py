@@ -3,6 +3,8 @@
 import hashlib
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -289,3 +291,64 @@ def png_header(width: int, height: int) -> bytes:
         out += struct.pack(">I", len(chunk)) + name + chunk
         out += struct.pack(">I", zlib.crc32(name + chunk))
     return out
+
+
+def _png(*chunks: tuple[bytes, bytes]) -> bytes:
+    header = struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0)
+    out = b"\x89PNG\r\n\x1a\n"
+    for name, chunk in ((b"IHDR", header), *chunks, (b"IEND", b"")):
+        out += struct.pack(">I", len(chunk)) + name + chunk
+        out += struct.pack(">I", zlib.crc32(name + chunk))
+    return out
+
+
+def _packed(size: int) -> bytes:
+    """Zlib's stream of so many zeros, one block again and again; its checksum is wrong."""
+    packer = zlib.compressobj(9)
+    start = packer.compress(b"") + packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return start + block * (size >> 20) + packer.flush()
+
+
+def _tiff(packed: bytes, rows: int) -> bytes:
+    """8 px wide, 8 bits, one strip that is deflated."""
+    tags = [(256, 8), (257, rows), (258, 8), (259, 8), (262, 1), (273, 8), (277, 1)]
+    tags += [(278, rows), (279, len(packed))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    start = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed
+    return start + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_what_unpacks_to_half_a_gigabyte_takes_no_memory(tmp_path):
+    bomb, pixels = _packed(1 << 29), zlib.compress(bytes(72))
+    bombs = {
+        "pixels.png": _png((b"IDAT", bomb)),
+        "text.png": _png((b"zTXt", b"k\0\0" + bomb), (b"IDAT", pixels)),
+        "unicode.png": _png((b"iTXt", b"k\0\1\0\0\0" + bomb), (b"IDAT", pixels)),
+        "profile.png": _png((b"iCCP", b"k\0\0" + bomb), (b"IDAT", pixels)),
+        "strip.tif": _tiff(bomb, 8),
+        "claims.tif": _tiff(pixels, (1 << 31) - 1),
+    }
+    for name, content in bombs.items():
+        (tmp_path / name).write_bytes(content)
+    script = """
+import resource, sys, warnings
+from pathlib import Path
+from pathsegdiff.data.image import read_image, read_label_image
+from pathsegdiff.errors import DataError
+warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for file in sorted(Path(sys.argv[1]).iterdir()):
+    for read in (read_image, read_label_image):
+        try:
+            assert read(file).shape[:2] == (8, 8)
+        except DataError as error:
+            assert str(error).isprintable()
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(grown // (1024 if sys.platform != "darwin" else 1024 * 1024))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 150  # MiB

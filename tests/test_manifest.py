@@ -689,6 +689,36 @@ def test_what_is_no_toml_is_one_line(tmp_path, text, message):
     assert str(caught.value).isprintable()
 
 
+#: Python reads it, and refuses to write it out.
+_LONG = "0x" + "f" * 5000
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("patch_px = 32", f"patch_px = {_LONG}", "patch_px must be from 32 to 1024, got a number"),
+        ("region_px = 64", f"region_px = {_LONG}", "region_px must be a multiple of 32.* a number"),
+        ("codes = [0]", f"codes = [{_LONG}]", "codes must be one or more integers .* a number of"),
+        ("[230, 230, 230]", f"[0, 0, {_LONG}]", "colour must be three integers .* a number of"),
+        ("title =", f"mpp = {_LONG}\ntitle =", "mpp must be from 0.01 to 100 um/px, got a number"),
+        ("title =", "fetch = { kind = [1] }\ntitle =", "fetch must be a table whose kind is one"),
+        (
+            "title =",
+            f'fetch = {{ kind = "archive", url = {_LONG} }}\ntitle =',
+            "url must be an https:// address .*a value of type int that cannot",
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_written_out_is_one_line(tmp_path, old, new, message):
+    path = manifest_of(tmp_path, {})
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(DataError, match=message) as caught:
+        load_manifest(path)
+    assert str(caught.value).isprintable()
+
+
 def test_rows_of_the_known_manifests_have_the_documented_columns():
     folder = load_manifest("glas").path.parent
     with (folder / "glas.csv").open() as file:

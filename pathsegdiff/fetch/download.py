@@ -129,7 +129,7 @@ def one_line(value: object, limit: int = 300) -> str:
     try:
         words = " ".join(str(value).split())
     except (ValueError, RecursionError):  # a number of thousands of digits, or nested for ever
-        words = f"a {type(value).__name__} that cannot be shown"
+        words = f"a value of type {type(value).__name__} that cannot be shown"
     text = "".join(letter if letter.isprintable() else "?" for letter in words)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
