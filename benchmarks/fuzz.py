@@ -579,7 +579,8 @@ class CheckpointTarget(Target):
                     if isinstance(value, TensorRef):
                         checkpoint.read(where, value)
                     elif isinstance(value, dict):
-                        todo.extend((str(key)[:99], one) for key, one in list(value.items())[:20])
+                        items = list(value.items())[:20]
+                        todo += [(k if isinstance(k, str) else "x", one) for k, one in items]
                     elif isinstance(value, list | tuple):
                         todo.extend((where, one) for one in value[:20])
 
@@ -892,7 +893,7 @@ def change_input(data: bytes, target: Target, rng: random.Random) -> bytes:
         edit = target.edit_of(name) if rng.random() < 0.9 else change_bytes
         try:
             files[name] = edit(content, rng)
-        except (ValueError, KeyError, TypeError, RecursionError, IndexError):
+        except Exception:
             files[name] = change_bytes(content, rng)  # it cannot be taken apart any more
     if rng.random() < 0.02:
         flags ^= 1 << rng.randrange(3)
@@ -1064,8 +1065,8 @@ def child(options: argparse.Namespace) -> None:
 
     arguments = [
         sys.argv[0], f"-max_total_time={options.seconds}", f"-seed={options.seed}", "-timeout=600",
-        f"-max_len={_MAX_INPUT}", "-rss_limit_mb=0", "-len_control=0", "-print_final_stats=1",
-        options.corpus,
+        f"-max_len={_MAX_INPUT}", "-rss_limit_mb=0", "-len_control=0", "-report_slow_units=600",
+        f"-artifact_prefix={options.work}/", options.corpus,
     ]  # fmt: skip
     atheris.Setup(arguments, one, custom_mutator=mutate)
     atheris.Fuzz()

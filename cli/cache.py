@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.options import PATH
+from pathsegdiff.errors import printable
 
 if TYPE_CHECKING:
     from pathsegdiff.features.store import FeatureStore, StoredSample
@@ -47,9 +48,8 @@ def info(store: Path) -> None:
         f"seed {recipe.seed}, computed in {recipe.precision}, stored as {recipe.dtype}"
     )
     click.echo(f"  fingerprint  {opened.fingerprint}")
-    click.echo(
-        f"  made         {opened.provenance.get('created')} on {opened.provenance.get('device')}"
-    )
+    when, where = (str(opened.provenance.get(name)) for name in ("created", "device"))
+    click.echo(f"  made         {printable(when)} on {printable(where)}")
     complete = {sample.index for sample in opened.samples()}
     for split in card.splits:
         rows = [sample for sample in opened.registered() if sample.split == split]
@@ -151,7 +151,7 @@ def repair(
     for sample in missing:
         click.echo(f"{sample.sample_id}: is not complete, will be extracted")
     if marks_only:
-        click.echo(f"made with: {writer.store.provenance.get('command')}")
+        click.echo(f"made with: {printable(str(writer.store.provenance.get('command')))}")
         return
     click.echo(shlex.join(["psd", *command]))
     run_within(ctx, command)

@@ -103,6 +103,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "taps", order_taps(self.taps))
+        for name in ("model_sha256", "dataset_sha256"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be text, got {getattr(self, name)!r:.60}")
+        for name, value in (("t", self.timestep), ("seed", self.seed)):
+            if not isinstance(value, int):
+                raise ConfigError(f"{name} must be a whole number, got {value!r:.60}")
         if self.timestep < 0:
             raise ConfigError(f"t must be 0 or more, got {self.timestep}")
         _check_choice("conditioning", self.conditioning, CONDITIONINGS)

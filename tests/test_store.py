@@ -703,7 +703,11 @@ def test_metadata_nested_for_ever_is_one_line(hostile):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda own: own["model"].update(embed_dim=HUGE), "embeddings of 1152921504606846976"),
+        (lambda own: own["model"].update(embed_dim=HUGE), "embed_dim 1152921504606846976"),
+        (lambda own: own["model"].update(head_width=HUGE), "head_width 1152921504606846976"),
+        (lambda own: own["model"].update(trained="yes"), "neither trained nor not"),
+        (lambda own: own["recipe"].update(model_sha256=3), "model_sha256 must be text, got 3"),
+        (lambda own: own["recipe"].update(timestep=50.5), "t must be a whole number, got 50.5"),
         (lambda own: own["model"].pop("embed_dim"), "KeyError"),
         (lambda own: own["model"].update(name="a\x1b[2J"), "not a line of text"),
         (lambda own: own["dataset"].update(title="two\nlines"), "not a line of text"),

@@ -1,10 +1,12 @@
 import csv
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import weakref
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from pathsegdiff.data.regions import RegionRule
 from pathsegdiff.errors import RunError, StoreError
 from pathsegdiff.features.store import FeatureStore, StoredSample
 from pathsegdiff.segmentation import passes as segmentation_passes
+from pathsegdiff.segmentation.loop import finished_before
 from pathsegdiff.segmentation.passes import channel_statistics, class_pixel_counts
 from pathsegdiff.segmentation.sampling import head_levels
 from pathsegdiff.segmentation.splits import (
@@ -584,10 +587,28 @@ def test_a_damaged_checkpoint_is_named(store, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_small(store, out, progress=InterruptAt(2, raise_interrupt))
     content = (out / "checkpoint.pt").read_bytes()
-    for damaged in (b"", b"junk", content[: len(content) // 2]):
+    packed = io.BytesIO()  # could unpack to any size
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(packed, "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    for damaged in (b"", b"junk", content[: len(content) // 2], packed.getvalue()):
         (out / "checkpoint.pt").write_bytes(damaged)
         with pytest.raises(RunError, match=r"checkpoint.pt is damaged .*delete it"):
             train_small(store, out)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"kept": {}, "steps": Infinity, "seconds": 1}',
+        '{"kept": {"miou": 1%s}, "steps": 1, "seconds": 1}' % ("0" * 400),
+    ],
+)
+def test_a_result_with_what_cannot_be_is_damage(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(RunError, match=r"result.json is damaged"):
+        finished_before(tmp_path)
 
 
 def test_a_checkpoint_cannot_run_code(store, tmp_path):

@@ -67,7 +67,8 @@ _SAMPLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,159}")
 _SAMPLE_FILE = re.compile(r"instances/[0-9]+/zarr\.json|[a-z0-9_]+(/[0-9]+)?/c(/[0-9]+)+")
 #: Of other texts of a store.
 _MAX_TEXT = 10_000
-_MAX_EMBED_DIM = 1 << 16
+#: The most that a bundle can have of what a store says of its model.
+_MODEL_NUMBERS = {"embed_dim": 1 << 16, "head_width": 1 << 12, "patch_px": 1 << 10}
 _MARK = re.compile(r"([0-9]{1,9})\.json")
 #: All that a writer ever uses inside an array.
 _CODECS = ("bytes", "zstd", "crc32c")
@@ -649,9 +650,13 @@ class FeatureStore:
             self.provenance = dict(values["provenance"])
             self.card = DatasetCard.from_dict(values["dataset"])
             self.model = dict(values["model"])
-            if not 0 < _whole(self.model["embed_dim"]) <= _MAX_EMBED_DIM:
-                raise ValueError(f"embeddings of {self.model['embed_dim']!r:.60}")
-            _line(self.model["name"])
+            for name, most in _MODEL_NUMBERS.items():
+                if not 0 < _whole(self.model[name]) <= most:
+                    raise ValueError(f"a model with {name} {self.model[name]!r:.60}")
+            if not isinstance(self.model["trained"], bool):
+                raise ValueError("a model that is neither trained nor not")
+            for name in ("name", "sha256"):
+                _line(self.model[name])
             levels = {
                 str(name): Level.from_dict(str(name), level)
                 for name, level in values["levels"].items()

@@ -377,7 +377,7 @@ def _evaluated(job: Job, store: FeatureStore) -> tuple[str, dict[str, float]]:
         values = json.loads(text)
         if len(values["images"]) == len(samples):
             return part, {name: float(values[name]) for name in METRICS}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass  # not there, or not whole: it is made now
     pooled = evaluate_run(run, store, split=job.eval_split).scores
     return part, {name: float(getattr(pooled, name)) for name in METRICS}

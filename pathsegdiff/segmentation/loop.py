@@ -424,7 +424,14 @@ def finished_before(out: Path) -> TrainResult | None:
             kept=kept,
             seconds=float(result["seconds"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise RunError(f"{file} is damaged ({error!r}); train again into another --out") from None
 
 

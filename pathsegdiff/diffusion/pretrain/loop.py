@@ -375,8 +375,8 @@ class TrainingLoop:
             replace_file(file, lambda f: f.write_text(json.dumps(wanted, indent=2) + "\n", "utf-8"))
             return
         try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+            known = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError):
             raise RunError(f"{file} is damaged; remove {self.folder} to begin again") from None
         for name in sorted({*known, *wanted}):
             if known.get(name) != wanted.get(name):

@@ -334,7 +334,7 @@ class Pretraining:
         file = self.work / part / FACTS_FILE
         try:
             return dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, RecursionError):
             raise RunError(f"{file} is missing or damaged; run `psd pretrain {part}`") from None
 
 

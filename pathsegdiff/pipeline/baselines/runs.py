@@ -259,8 +259,15 @@ def read_baseline(path: Path) -> BaselineConfig:
             return BaselineConfig.from_dict(values)
     except FileNotFoundError:
         raise RunError(f"{path} is no run folder (it has no {CONFIG_FILE})") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        reason = f"{type(error).__name__}: {error!s:.200}"
         raise RunError(f"{file} is damaged ({reason}); train again into another --out") from None
     raise RunError(f"{path} is no run of `psd baseline`; choose another --out")
 
