@@ -92,7 +92,9 @@ def verify(store: Path) -> None:
             f"{len(damaged)} of {complete} samples are damaged; run `psd cache repair {store}`"
         )
     if findings:
-        raise StoreError(f"its second copy is damaged; run `psd cache repair {store}`")
+        raise StoreError(
+            f"{store}: the second copy of its metadata is damaged; run `psd cache repair {store}`"
+        )
     click.echo(f"{complete} complete samples, all whole: {store}")
     if complete < registered:
         click.echo(f"{registered - complete} more are listed but not complete; extract again")
@@ -145,7 +147,8 @@ def repair(
         # Before a mark is taken away: it must be known how to go on, and from the same pixels.
         command = _extraction(writer.store, store, data_root, model)
         _check_sources(writer.store, list(damaged.values()), data_root)
-    writer.forget(*damaged.values())
+    if damaged:
+        writer.forget(*damaged.values())
     for sample in damaged.values():
         click.echo(f"{sample.sample_id}: will be extracted again")
     for sample in missing:

@@ -274,9 +274,12 @@ def test_nothing_is_put_back_outside_the_store(place, capsys, table_is_there):
     assert not list((place / "elsewhere").iterdir())
 
 
-def test_a_sample_without_its_mark_is_said_and_repair_makes_it(place, capsys):
+def test_samples_without_their_marks_are_said_and_repair_makes_them(place, capsys):
     psd(capsys, *EXTRACT, "--out", "s.zarr")
     whole = contents("s.zarr")
+    shutil.rmtree(place / "s.zarr" / "marks")
+    assert psd(capsys, "cache", "repair", "s.zarr")[0] == 0
+    assert contents("s.zarr") == whole
     (place / "s.zarr" / "marks" / "00000001.json").unlink()
     code, out, _ = psd(capsys, "cache", "verify", "s.zarr")
     assert code == 0
