@@ -279,22 +279,21 @@ def watch(stage: Stage, work: Path, seconds: float) -> list[Look]:
     Raises:
         SystemExit: If it fails; its output stands in ``work``.
     """
-    # Its own progress lines come every 15 s; a training has no other trace of its steps.
+    # On a terminal it says several times a second how far it is, elsewhere every 15 s; a training
+    # has no other trace of its steps.
     latest = [0]
+    terminal, its_end = os.openpty()
     log = work / f"{stage.name}.log"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with (
-        log.open("a", encoding="utf-8") as output,
-        subprocess.Popen(
-            [sys.executable, "-m", "cli", *stage.arguments],
-            cwd=work,
-            env={**os.environ, "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process,
-    ):
-        reader = threading.Thread(target=_listen, args=(process, output, latest))
+    with subprocess.Popen(
+        [sys.executable, "-m", "cli", *stage.arguments],
+        cwd=work,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=its_end,
+        stderr=its_end,
+    ) as process:
+        os.close(its_end)
+        reader = threading.Thread(target=_listen, args=(terminal, log, latest))
         reader.start()
         begin = time.monotonic()
         looks: list[Look] = []
@@ -309,18 +308,27 @@ def watch(stage: Stage, work: Path, seconds: float) -> list[Look]:
                 process.terminate()  # not Ctrl-C, which a shell may have taken from it
             process.wait()
             reader.join()
+            os.close(terminal)
     if process.returncode:
         raise SystemExit(f"psd {stage.arguments[0]} ended with {process.returncode}: {log}")
     return scaled(looks, stage.samples)
 
 
-def _listen(process: "subprocess.Popen[str]", output: Any, latest: list[int]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        output.write(line)
-        output.flush()
-        if match := re.search(r": (\d+)/\d+ ", line):
-            latest[0] = int(match[1])
+def _listen(terminal: int, log: Path, latest: list[int]) -> None:
+    """Log what a command says until nobody is left to say something."""
+    with log.open("ab") as output:
+        while content := _said_next(terminal):
+            output.write(content)
+            output.flush()
+            for done in re.findall(rb": (\d+)/\d+ ", content):
+                latest[0] = int(done)
+
+
+def _said_next(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # Linux says so where others give nothing
+        return b""
 
 
 def _look(stage: Stage, process: int, latest: int, seconds: float) -> Look:
@@ -393,13 +401,14 @@ def pace(stage: dict[str, Any], start: float, stop: float) -> tuple[float, float
     NaN where it was not seen.
     """
     # A count that is told now and then stands still in between: where it moves is what counts.
+    # Not the last: a training says it after its validation.
     points, before = [], -1.0
     for look in stage["looks"]:
         if look["counted"] > before:
             points.append((look["seconds"], look["cpu_seconds"], look["counted"]))
             before = look["counted"]
     whole = stage["samples"]
-    within = [point for point in points if start * whole <= point[2] <= stop * whole]
+    within = [point for point in points[:-1] if start * whole <= point[2] <= stop * whole]
     if len(within) < 2:
         return float("nan"), float("nan")
     seconds, cpu, number = (last - first for first, last in zip(within[0], within[-1], strict=True))
