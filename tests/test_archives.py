@@ -209,6 +209,18 @@ def test_a_damaged_archive_is_one_line_and_leaves_nothing(tmp_path, out, name, s
     assert not content(out)
 
 
+def test_an_index_that_points_before_the_file_is_damage(tmp_path, out):
+    archive = make(tmp_path / "a.zip", FILES)
+    data = bytearray(archive.read_bytes())
+    place = data.rindex(b"PK\5\6") + 16  # where the index begins; entries move by what is missing
+    start = int.from_bytes(data[place : place + 4], "little")
+    data[place : place + 4] = (start + 100).to_bytes(4, "little")
+    archive.write_bytes(data)
+    with pytest.raises(FetchError, match=r"a\.zip is damaged, or no archive"):
+        unpack(archive, out, out / ".work")
+    assert not content(out)
+
+
 def test_an_interruption_while_unpacking_leaves_nothing(tmp_path, out):
     def stop(done: int, total: int) -> None:
         if done == 2:

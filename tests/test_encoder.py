@@ -106,6 +106,7 @@ def test_settings_survive_a_round_trip():
         ({"std": [0.5, 0.5]}, "std must be three numbers"),
         ({"std": [0.5, 0.0, 0.5]}, "std must be three numbers"),
         ({"mean": "abc"}, "mean must be three numbers"),
+        ({"mean": [0.5, 0.5, 10**400]}, "mean must be three numbers"),
         ({"mlp_ratio": -1}, "mlp_ratio must be in"),
         ({"qkv_bias": 1}, "qkv_bias must be true or false"),
     ],

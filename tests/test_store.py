@@ -689,6 +689,17 @@ def test_metadata_that_no_writer_makes_is_refused_before_memory_is_taken(hostile
     assert str(error.value).isprintable()
 
 
+def test_what_the_group_repeats_of_its_arrays_counts_for_nothing(hostile):
+    metadata = json.loads((hostile / "label" / "zarr.json").read_text())
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = [HUGE] * 3
+    inline = {"kind": "inline", "must_understand": False, "metadata": {"label": metadata}}
+    change_json(hostile / "zarr.json", lambda group: group.update(consolidated_metadata=inline))
+    reseal(hostile)
+    store = FeatureStore.open(hostile)
+    assert store.label(store.samples()[0]).shape == (64, 64)
+    assert store._array("label").chunks == (1, 64, 64)
+
+
 def test_metadata_nested_for_ever_is_one_line(hostile):
     (hostile / "label" / "zarr.json").write_text('{"shape": ' + "[" * 100_000)
     reseal(hostile)
@@ -763,9 +774,10 @@ def test_a_shard_that_is_shorter_than_its_row_is_refused_before_memory_is_taken(
         read_shard(file, shape, ShardFormat(chunk=(1, 128, 256)), dtype, where)
 
 
-def test_objects_of_an_absurd_size_are_refused_though_their_mark_fits(hostile):
+@pytest.mark.parametrize("shape", [[HUGE, HUGE], [-4, -4], [1 << 29, 2], [8], [8, 8, 8], [0, 8]])
+def test_objects_of_an_absurd_size_are_refused_though_their_mark_fits(hostile, shape):
     def change(metadata):
-        metadata["shape"] = metadata["chunk_grid"]["configuration"]["chunk_shape"] = [HUGE, HUGE]
+        metadata["shape"] = metadata["chunk_grid"]["configuration"]["chunk_shape"] = shape
 
     change_json(hostile / "instances" / "0" / "zarr.json", change)
     reseal(hostile)

@@ -543,7 +543,8 @@ class FeatureStore:
         rows, *shape = metadata["shape"]
         if name.startswith("instances/"):
             shape, row, dtype = [rows, *shape], [], "int32"
-            if len(shape) != 2 or not 0 < math.prod(map(_whole, shape)) <= MAX_PIXELS:
+            sound = len(shape) == 2 and all(_whole(side) > 0 for side in shape)
+            if not sound or math.prod(shape) > MAX_PIXELS:
                 raise ValueError(f"objects of shape {shape!r:.60}")
             expected = shape
         else:
@@ -735,7 +736,13 @@ def open_group(path: str | Path, mode: str = "r") -> zarr.Group:
         metadata = Path(path) / "zarr.json"
         if metadata.is_file() and metadata.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"its zarr.json has {metadata.stat().st_size} bytes")
-        return zarr.open_group(str(path), mode=mode, zarr_format=3)  # type: ignore[arg-type]
+        # Not what the group may repeat of its arrays: their own files are what is checked.
+        return zarr.open_group(
+            str(path),
+            mode=mode,  # type: ignore[arg-type]
+            zarr_format=3,
+            use_consolidated=False,
+        )
     except FileNotFoundError:
         if (Path(path) / BACKUP_KEY).exists():
             raise StoreError(f"{path}: its zarr.json is missing; {_mend(path)}") from None

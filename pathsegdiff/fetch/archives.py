@@ -5,6 +5,7 @@ declares and counted again while writing, and files reach their place whole: an 
 nothing half-written, and unpacking again is harmless.
 """
 
+import errno
 import filecmp
 import gzip
 import re
@@ -316,7 +317,16 @@ def _damage_in_one_line(archive: Path) -> Iterator[None]:
         RuntimeError,
         RecursionError,
     ) as error:
-        raise FetchError(
-            f"{one_line(archive)} is damaged, or no archive ({one_line(error, 100)}); remove it "
-            "and run the same command again"
-        ) from None
+        raise _damaged(archive, error) from None
+    except OSError as error:
+        # A place before the file's beginning, as a damaged index can have it.
+        if error.errno == errno.EINVAL:
+            raise _damaged(archive, error) from None
+        raise
+
+
+def _damaged(archive: Path, error: Exception) -> FetchError:
+    return FetchError(
+        f"{one_line(archive)} is damaged, or no archive ({one_line(error, 100)}); remove it "
+        "and run the same command again"
+    )
