@@ -11,7 +11,10 @@ from cli.options import PATH
 from pathsegdiff.errors import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from pathsegdiff.features.store import FeatureStore, StoredSample
+    from pathsegdiff.features.writer import StoreWriter
 
 
 @click.group()
@@ -93,7 +96,8 @@ def verify(store: Path) -> None:
         )
     if findings:
         raise StoreError(
-            f"{store}: the second copy of its metadata is damaged; run `psd cache repair {store}`"
+            f"{store}: its metadata have no second copy that is whole; run `psd cache repair "
+            f"{store}`"
         )
     click.echo(f"{complete} complete samples, all whole: {store}")
     if complete < registered:
@@ -125,9 +129,11 @@ def repair(
     from pathsegdiff.features.verify import verify_store
     from pathsegdiff.features.writer import open_existing, put_metadata_back
 
-    restored = put_metadata_back(store)
+    restored, dropped = put_metadata_back(store)
     for key in restored:
         click.echo(f"{key}: put back from the second copy in {BACKUP_KEY}")
+    if dropped:
+        click.echo(f"{dropped} marks of samples that the store does not list: taken away")
     try:
         writer = open_existing(store)
         findings = verify_store(writer.store)
@@ -139,25 +145,33 @@ def repair(
         click.echo(f"{BACKUP_KEY}: written again")
     damaged = {f.sample.index: f.sample for f in findings if f.sample is not None}
     missing = [s for s in writer.store.registered() if not writer.store.is_complete(s)]
-    if not damaged and not missing:
+    if not damaged and not missing and not dropped:
         click.echo(f"{'repaired' if restored else 'nothing to repair'}: {store}")
         return
-    command = []
-    if not marks_only:
-        # Before a mark is taken away: it must be known how to go on, and from the same pixels.
-        command = _extraction(writer.store, store, data_root, model)
-        _check_sources(writer.store, list(damaged.values()), data_root)
-    if damaged:
-        writer.forget(*damaged.values())
-    for sample in damaged.values():
-        click.echo(f"{sample.sample_id}: will be extracted again")
-    for sample in missing:
-        click.echo(f"{sample.sample_id}: is not complete, will be extracted")
     if marks_only:
+        _take_marks_away(writer, damaged.values(), "mark taken away")
         click.echo(f"made with: {printable(str(writer.store.provenance.get('command')))}")
+        return
+    # Before a mark is taken away: it must be known how to go on, and from the same pixels.
+    command = _extraction(writer.store, store, data_root, model)
+    known = _check_sources(writer.store, list(damaged.values()), data_root)
+    _take_marks_away(writer, damaged.values(), "will be extracted again")
+    unknown = [sample for sample in missing if sample.sample_id not in known]
+    if unknown:
+        click.echo(f"{len(unknown)} samples are not complete, and in the data set no more")
+    if len(missing) > len(unknown):
+        click.echo(f"{len(missing) - len(unknown)} samples are not complete and will be extracted")
+    elif not damaged and not dropped:
         return
     click.echo(shlex.join(["psd", *command]))
     run_within(ctx, command)
+
+
+def _take_marks_away(writer: "StoreWriter", samples: "Collection[StoredSample]", what: str) -> None:
+    if samples:
+        writer.forget(*samples)
+    for sample in samples:
+        click.echo(f"{sample.sample_id}: {what}")
 
 
 def _extraction(
@@ -193,11 +207,14 @@ def _extraction(
 
 def _check_sources(
     opened: "FeatureStore", damaged: "list[StoredSample]", data_root: Path | None
-) -> None:
-    """Refuse to make samples again from other pixels, as far as their marks can tell.
+) -> set[str]:
+    """Refuse to make samples again that cannot be, or from other pixels as far as marks can tell.
+
+    Returns:
+        The data set's samples by name.
 
     Raises:
-        StoreError: If an image or mask has changed since.
+        StoreError: If an image or mask has changed since, or the data set has the sample no more.
     """
     from pathsegdiff.data.manifest import open_dataset
     from pathsegdiff.errors import StoreError
@@ -211,12 +228,20 @@ def _check_sources(
         splits=sorted({sample.split for sample in opened.registered()}),
         mpp=was.get("mpp"),
     )
+    known = {sample.sample_id for sample in dataset.samples}
+    for sample in damaged:
+        if sample.sample_id not in known:
+            raise StoreError(
+                f"{opened.path}: sample {sample.sample_id} is damaged, and the data set has it no "
+                "more; put its row back, or take its mark away with --marks-only"
+            )
     readable = []
     for sample in damaged:
         with contextlib.suppress(StoreError):  # a mark that is damaged itself knows nothing
             opened.read_mark(sample)
             readable.append(sample)
     check_unchanged(dataset, opened, readable)
+    return known
 
 
 @cache.command()

@@ -208,7 +208,7 @@ def test_cache_info_verify_repair_and_export(place, capsys, monkeypatch):
     assert "1 of 2 samples are damaged" in err
     code, out, _ = psd(capsys, "cache", "repair", "s.zarr", "--marks-only")
     assert code == 0
-    assert "train_0: will be extracted again" in out
+    assert "train_0: mark taken away" in out
     assert "made with: psd extract --dataset" in out and "samples written" not in out
     assert psd(capsys, *EXTRACT, "--out", "s.zarr")[1].startswith("1 samples written, 1 already")
     assert psd(capsys, "cache", "verify", "s.zarr")[0] == 0
@@ -286,7 +286,7 @@ def test_samples_without_their_marks_are_said_and_repair_makes_them(place, capsy
     assert "1 more are listed but not complete" in out
     code, out, _ = psd(capsys, "cache", "repair", "s.zarr")
     assert code == 0
-    assert "test_0: is not complete, will be extracted" in out
+    assert "1 samples are not complete and will be extracted" in out
     assert contents("s.zarr") == whole
 
 
@@ -306,6 +306,67 @@ def test_repair_makes_no_sample_from_pixels_that_have_changed(place, capsys, suf
     file.write_bytes(before)
     assert psd(capsys, "cache", "repair", "s.zarr")[0] == 0
     assert psd(capsys, "cache", "verify", "s.zarr")[0] == 0
+
+
+def test_repair_takes_no_mark_away_where_the_data_set_has_the_sample_no_more(place, capsys):
+    write_dataset(place / "more", train=2)
+    command = [part.replace("data/", "more/") for part in EXTRACT]
+    assert psd(capsys, *command, "--out", "s.zarr")[0] == 0
+    table, name = place / "more" / "discs.csv", "train_1"
+    kept = [line for line in table.read_text().splitlines(True) if name not in line]
+    table.write_text("".join(kept))
+    sample = next(s for s in FeatureStore.open("s.zarr").samples() if s.sample_id == name)
+    shutil.rmtree(place / "s.zarr" / "label" / "c" / str(sample.index))
+    code, _, err = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 1
+    assert f"sample {name} is damaged, and the data set has it no more" in err
+    assert len(list((place / "s.zarr" / "marks").iterdir())) == 3
+
+
+def test_marks_that_are_newer_than_the_table_are_taken_away(place, capsys):
+    """As in a copy of a store that was growing while it was copied."""
+    psd(capsys, *EXTRACT, "--out", "s.zarr", "--split", "train")
+    older = {key: (place / "s.zarr" / key).read_bytes() for key in ("samples.json", "backup.json")}
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    whole = contents("s.zarr")
+    for key, content in older.items():
+        (place / "s.zarr" / key).write_bytes(content)
+    assert psd(capsys, "cache", "verify", "s.zarr")[0] == 1
+    code, out, _ = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 0
+    assert "1 marks of samples that the store does not list: taken away" in out
+    assert psd(capsys, *EXTRACT, "--out", "s.zarr")[0] == 0
+    assert contents("s.zarr") == whole
+
+
+def test_a_copy_that_is_behind_still_mends_an_array(place, capsys):
+    psd(capsys, *EXTRACT, "--out", "s.zarr", "--split", "train")
+    older = (place / "s.zarr" / "backup.json").read_bytes()
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    whole = contents("s.zarr")
+    (place / "s.zarr" / "backup.json").write_bytes(older)
+    (place / "s.zarr" / "label" / "zarr.json").unlink()
+    assert psd(capsys, "cache", "repair", "s.zarr")[0] == 0
+    assert contents("s.zarr") == whole
+
+
+@pytest.mark.parametrize("gone", [("zarr.json",), ("zarr.json", "backup.json")])
+def test_a_store_without_its_zarr_json_says_what_to_do_and_no_remedy_leads_back(
+    place, capsys, gone
+):
+    psd(capsys, *EXTRACT, "--out", "s.zarr")
+    whole = contents("s.zarr")
+    for key in gone:
+        (place / "s.zarr" / key).unlink()
+    code, _, err = psd(capsys, *EXTRACT, "--out", "s.zarr")
+    assert code == 1
+    code, _, said = psd(capsys, "cache", "repair", "s.zarr")
+    if len(gone) == 1:
+        assert "run `psd cache repair s.zarr`" in err
+        assert code == 0 and contents("s.zarr") == whole
+    else:
+        assert "put the file back, or choose another --out" in err
+        assert "zarr.json and backup.json are both gone; delete the store" in said
 
 
 def test_repair_takes_no_mark_away_where_it_does_not_know_the_extraction(place, capsys):

@@ -325,6 +325,12 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
         raise DataError(
             f"{shown(path)} lacks the column {missing[0]}; needed are {', '.join(REQUIRED_COLUMNS)}"
         )
+    for column in header:
+        if not column.isprintable() or len(column) > 100:
+            raise DataError(
+                f"{shown(path)}: the name of column {shown(column)[:100]!r} must be one line of at "
+                "most 100 printable characters; write it anew"
+            )
     if len(set(header)) != len(header):
         raise DataError(f"{shown(path)}: a column stands twice in the header")
 

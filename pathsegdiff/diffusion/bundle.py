@@ -568,6 +568,8 @@ def build_part(part: str, config: dict[str, Any], where: str) -> nn.Module:
         return build_unet(config) if part == "unet" else build_autoencoder(config)
     except BundleError as error:
         raise BundleError(f"{where}: {error}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # diffusers meets settings that cannot be with any kind of exception
         reason = f"{type(error).__name__}: {error}"
         raise BundleError(f"{where}: no such model can be built ({reason:.200})") from None

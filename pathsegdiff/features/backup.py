@@ -7,6 +7,7 @@ copy is written after the table of samples, so it may be one registration behind
 checksum of its own (``seal``).
 """
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -62,6 +63,7 @@ def put_back(path: Path) -> list[str]:
     """
     kept = _files(_read(path / BACKUP_KEY))
     table = _read(path / SAMPLES_KEY)
+    rows = _rows(table)
     accepted = {} if table is None else _accepted(table)
     listed = SAMPLES_KEY in (kept or {}) or any((path / MARKS_FOLDER).glob("*.json"))
     broken_table = accepted is None or (table is None and listed)
@@ -76,15 +78,36 @@ def put_back(path: Path) -> list[str]:
     for key, allowed in wanted.items():
         if checksum(_read(path / key)) in allowed:
             continue
-        if kept is None or checksum(kept.get(key)) not in allowed:
+        copies = [] if kept is None or key not in kept else [kept[key], _grown(kept[key], rows)]
+        fitting = [copy for copy in copies if checksum(copy) in allowed]
+        if not fitting:
             raise _beyond_repair(path, key)
-        todo[key] = kept[key]
+        todo[key] = fitting[0]
     if broken_table and kept is not None:
         todo[SAMPLES_KEY] = kept[SAMPLES_KEY]
     # The group's own file comes last: without it this is no store, and is begun again.
     for key in sorted(todo, key=lambda key: key == "zarr.json"):
         put_bytes(path / key, todo[key])
     return sorted(todo)
+
+
+def drop_surplus_marks(path: Path) -> int:
+    """Take completion marks away that no row of the table belongs to; nobody else may write.
+
+    Returns:
+        How many.
+    """
+    rows = _rows(_read(path / SAMPLES_KEY))
+    if rows is None:
+        return 0
+    surplus = [
+        mark
+        for mark in (path / MARKS_FOLDER).glob("*.json")
+        if mark.stem.isdecimal() and int(mark.stem) >= rows
+    ]
+    for mark in surplus:
+        mark.unlink()
+    return len(surplus)
 
 
 def copy_problem(store: FeatureStore) -> str | None:
@@ -98,8 +121,8 @@ def copy_problem(store: FeatureStore) -> str | None:
 
 def _beyond_repair(path: Path, key: str) -> StoreError:
     return StoreError(
-        f"{path}: {key} is missing or damaged, and so is its second copy in {BACKUP_KEY}; delete "
-        "the store and extract it again"
+        f"{path}: {key} is missing or damaged, and so is its second copy in {BACKUP_KEY} (stores "
+        "of earlier versions have none); delete the store and extract it again"
     )
 
 
@@ -119,6 +142,24 @@ def _files(content: bytes | None) -> dict[str, bytes] | None:
         return {_checked(key): text.encode("utf-8") for key, text in values.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _rows(table: bytes | None) -> int | None:
+    """How many samples a table lists; None of a damaged one."""
+    try:
+        return len(unsealed(table or b"")["samples"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _grown(metadata: bytes, rows: int | None) -> bytes:
+    """A copied zarr.json of an array, as it is once so many samples are registered."""
+    try:
+        values = json.loads(metadata)
+        values["shape"][0] = rows
+        return json.dumps(values, indent=2).encode()
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return metadata
 
 
 def _checked(key: str) -> str:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
@@ -157,7 +158,7 @@ def extract_dataset(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise _no_room(writers, todo) from None
+        raise _no_room(writers, todo, quota=error.errno == errno.EDQUOT) from None
     for writer in writers.values():
         _check_there(dataset, writer.path)
     return [
@@ -273,9 +274,12 @@ def stored_sample(dataset: Dataset, sample: Sample) -> StoredSample:
 
 
 def _no_room(
-    writers: Mapping[View, StoreWriter], todo: Mapping[View, Mapping[str, StoredSample]]
+    writers: Mapping[View, StoreWriter],
+    todo: Mapping[View, Mapping[str, StoredSample]],
+    *,
+    quota: bool,
 ) -> StoreError:
-    """How much room the disk lacks for what is not written yet; a quota may be smaller still."""
+    """How much room is lacking for what is not written yet; of a quota nobody knows its rest."""
     samples = needed = 0
     for view, writer in writers.items():
         left = [row for row in todo[view].values() if not writer.is_marked(row)]
@@ -286,19 +290,25 @@ def _no_room(
     # What a broken-off sample has taken is written over; the rest of it is needed at least.
     missing = max(needed - free, needed // max(samples, 1))
     needs, has, more = (f"{count / 1e6:.1f} MB" for count in (needed, free, missing))
+    if quota:
+        begin, free_now, room = "the disk quota is used up at", "", needs
+    else:
+        begin, free_now, room = "no space left on the disk of", f", {has} are free", f"{more} more"
     return StoreError(
-        f"no space left on the disk of {path}: {samples} samples are not written yet and need "
-        f"about {needs}, {has} are free; make room for {more} more and run the same command again. "
-        "Everything finished so far is kept"
+        f"{begin} {path}: {samples} samples are not written yet and need about {needs}{free_now}; "
+        f"make room for {room} and run the same command again. Everything finished so far is kept"
     )
 
 
 def _bytes_on_disk(store: FeatureStore) -> int:
     """What one more sample takes: the largest of some that are there, else before compression."""
-    store.reload()
-    found = store.samples()[-_SAMPLES_LOOKED_AT:]
-    if found:
-        return max(sum(map(_in_blocks, store.file_sizes(sample))) for sample in found)
+    sizes = []
+    with suppress(StoreError):  # the full disk is what has to be said
+        store.reload()
+        for sample in store.samples()[-_SAMPLES_LOOKED_AT:]:
+            sizes.append(sum(map(_in_blocks, store.file_sizes(sample))))
+    if sizes:
+        return max(sizes)
     shapes = store.array_shapes.values()
     return sum(_in_blocks(math.prod(shape) * np.dtype(dtype).itemsize) for shape, dtype in shapes)
 

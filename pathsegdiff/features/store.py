@@ -58,7 +58,7 @@ SAMPLES_KEY = "samples.json"
 BACKUP_KEY = "backup.json"
 MARKS_FOLDER = "marks"
 #: A table of samples above this is refused before it is read; 10,000 samples have 3 MB.
-_MAX_TABLE_BYTES = 1 << 26
+MAX_TABLE_BYTES = 1 << 27
 #: And so are other JSON files.
 _MAX_JSON_BYTES = 1 << 22
 #: Also the name of files that are made of a sample: no separator, no leading dot, not too long.
@@ -72,10 +72,10 @@ _MODEL_NUMBERS = {"embed_dim": 1 << 16, "head_width": 1 << 12, "patch_px": 1 << 
 _MARK = re.compile(r"([0-9]{1,9})\.json")
 #: All that a writer ever uses inside an array.
 _CODECS = ("bytes", "zstd", "crc32c")
-#: What a reader can make of what a hostile file holds; MemoryError is among them.
+#: What a reader can make of what a hostile file holds.
 _DAMAGE = (
     *(ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError),
-    *(RecursionError, MemoryError),
+    RecursionError,
 )
 #: (bytes, CRC-32) of a file.
 Checksum = tuple[int, int]
@@ -628,7 +628,7 @@ class FeatureStore:
         selection = [slice(None) if part is None else part for part in where]
         try:
             return read_shard(file, array.shape[1:], shard, array.dtype, selection)
-        except (ValueError, FileNotFoundError, MemoryError) as error:
+        except (ValueError, FileNotFoundError) as error:
             raise StoreError(
                 f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error!s:.200}); "
                 f"{_mend(self.path)}"
@@ -697,7 +697,7 @@ class FeatureStore:
         size = self.size(SAMPLES_KEY)
         if size is None:
             return [], {}
-        if size > _MAX_TABLE_BYTES:
+        if size > MAX_TABLE_BYTES:
             raise StoreError(f"{self.path}: {SAMPLES_KEY} has {size} bytes, more than a table can")
         try:
             table = unsealed(self.get(SAMPLES_KEY) or b"")

@@ -9,7 +9,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pathsegdiff.config import Recipe
 from pathsegdiff.errors import StoreError
-from pathsegdiff.features.backup import keep_copy, put_back
+from pathsegdiff.features.backup import drop_surplus_marks, keep_copy, put_back
 from pathsegdiff.features.claims import Claim
 from pathsegdiff.features.layout import Level
 from pathsegdiff.features.quantize import (
@@ -36,6 +36,7 @@ from pathsegdiff.features.store import (
     BACKUP_KEY,
     FORMAT,
     MARKS_FOLDER,
+    MAX_TABLE_BYTES,
     SAMPLES_KEY,
     DatasetCard,
     FeatureStore,
@@ -147,7 +148,7 @@ class StoreWriter:
             for sample in samples:
                 known = self._by_id.get(sample.sample_id)
                 index = len(table) if known is None else known.index
-                table[index : index + 1] = [StoredSample.from_dict(index, sample.to_dict())]
+                table[index : index + 1] = [replace(sample, index=index)]
             if table != list(self.store.registered()):
                 self._list(table)
             self._keep_copy()
@@ -192,7 +193,14 @@ class StoreWriter:
 
     def _put_table(self, table: Sequence[StoredSample], files: dict[str, Any]) -> None:
         rows = [sample.to_dict() for sample in table]
-        put_bytes(self.path / SAMPLES_KEY, sealed({"files": files, "samples": rows}, indent=0))
+        content = sealed({"files": files, "samples": rows}, indent=0)
+        if len(content) > MAX_TABLE_BYTES:
+            raise StoreError(
+                f"{self.path}: the table of {len(rows)} samples would have "
+                f"{len(content) / 1e6:.0f} MB, {MAX_TABLE_BYTES / 1e6:.0f} are allowed; leave "
+                "columns that nobody needs out of the manifest's table, or make several stores"
+            )
+        put_bytes(self.path / SAMPLES_KEY, content)
 
     def claim(self, sample: StoredSample) -> Claim | None:
         """Take the right to write a sample.
@@ -375,11 +383,14 @@ def _create(
         StoreError: If there are finished samples of a store whose attributes are gone.
     """
     finished = len(list(path.glob(f"{MARKS_FOLDER}/*.json")))
+    if (path / SAMPLES_KEY).exists() and (path / BACKUP_KEY).exists():
+        raise StoreError(f"{path}: its zarr.json is missing; run `psd cache repair {path}`")
     if finished:
         raise StoreError(
-            f"{path}: its zarr.json is missing, but {finished} samples are complete; run "
-            f"`psd cache repair {path}`, or choose another --out"
+            f"{path}: its zarr.json is missing, but {finished} samples are complete; put the file "
+            "back, or choose another --out"
         )
+    (path / SAMPLES_KEY).unlink(missing_ok=True)  # no sample of it was ever finished
     group = zarr.create_group(str(path / ".new"), zarr_format=3, overwrite=True)
     by_name = {level.name: level for level in levels}
     side = card.rule.region_px // card.rule.patch_px
@@ -442,7 +453,7 @@ def _create_small_array(group: zarr.Group, name: str, shape: tuple[int, ...], dt
 
 def _started(path: Path) -> bool:
     """Whether the folder is a store, or one whose making was interrupted."""
-    return any((path / name).exists() for name in ("zarr.json", ".new", ".lock"))
+    return any((path / name).exists() for name in ("zarr.json", BACKUP_KEY, ".new", ".lock"))
 
 
 @contextlib.contextmanager
@@ -460,19 +471,28 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def put_metadata_back(path: Path) -> list[str]:
+def put_metadata_back(path: Path) -> tuple[list[str], int]:
     """Mend the store's own zarr.json files and table of samples from their second copy.
 
+    Completion marks of samples that the table does not list (it is older than they are, as in a
+    copy of a store that was growing) are taken away.
+
     Returns:
-        Keys of the files that were put back.
+        Keys of the files that were put back, and how many marks were taken away.
 
     Raises:
         StoreError: If it is no store, or a file and its copy are damaged.
     """
     if not any((path / key).is_file() for key in ("zarr.json", BACKUP_KEY)):
+        if (path / SAMPLES_KEY).exists() or (path / MARKS_FOLDER).exists():
+            raise StoreError(
+                f"{path}: its zarr.json and {BACKUP_KEY} are both gone; delete the store and "
+                "extract it again"
+            )
         raise StoreError(f"{path}: there is no feature store; make one with `psd extract`")
     with _locked(path):
-        return put_back(path)
+        restored = put_back(path)
+        return restored, drop_surplus_marks(path)
 
 
 def open_existing(path: str | Path) -> StoreWriter:
