@@ -200,6 +200,7 @@ def _extraction(
     root = data_root or was.get("data_root")
     command += [] if root is None else ["--data-root", str(root)]
     command += [] if was.get("mpp") is None else ["--mpp", str(was["mpp"])]
+    command += [] if was.get("batch_size") is None else ["--batch-size", str(was["batch_size"])]
     for split in sorted({sample.split for sample in opened.registered()}):
         command += ["--split", split]
     return command

@@ -308,6 +308,17 @@ def test_repair_makes_no_sample_from_pixels_that_have_changed(place, capsys, suf
     assert psd(capsys, "cache", "verify", "s.zarr")[0] == 0
 
 
+@pytest.mark.parametrize("batch_size", ["2", "4"])
+def test_repair_computes_in_the_batches_that_the_store_was_made_in(place, capsys, batch_size):
+    psd(capsys, *EXTRACT, "--out", "s.zarr", "--batch-size", batch_size)
+    whole = contents("s.zarr")
+    shutil.rmtree(place / "s.zarr" / "label" / "c" / "1")
+    code, out, _ = psd(capsys, "cache", "repair", "s.zarr")
+    assert code == 0
+    assert f"--batch-size {batch_size}" in out
+    assert contents("s.zarr") == whole
+
+
 def test_repair_takes_no_mark_away_where_the_data_set_has_the_sample_no_more(place, capsys):
     write_dataset(place / "more", train=2)
     command = [part.replace("data/", "more/") for part in EXTRACT]

@@ -140,7 +140,8 @@ def extract_dataset(
             levels=stage_one.levels,
             tokens=stage_one.tokens_level,
             provenance=provenance(
-                device=device_name(stage_one.device), extraction=_sources(dataset, bundle)
+                device=device_name(stage_one.device),
+                extraction=_sources(dataset, bundle, stage_one),
             ),
         )
         writers[view] = writer
@@ -173,7 +174,7 @@ def extract_dataset(
     ]
 
 
-def _sources(dataset: Dataset, bundle: Bundle) -> dict[str, Any]:
+def _sources(dataset: Dataset, bundle: Bundle, stage_one: StageOne) -> dict[str, Any]:
     """What an extraction reads, for ``psd cache repair``: options of ``psd extract``."""
     embedded = dataset.manifest.root is not None
     return {
@@ -181,6 +182,8 @@ def _sources(dataset: Dataset, bundle: Bundle) -> dict[str, Any]:
         "data_root": None if embedded else str(dataset.root.absolute()),
         "model": str(bundle.path.absolute()),
         "mpp": dataset.rule.mpp,
+        # No field of the recipe; but only the same one gives the same bits.
+        "batch_size": stage_one.batch_size,
     }
 
 
