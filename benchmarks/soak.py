@@ -43,6 +43,8 @@ from pathsegdiff.diffusion.bundle import init_bundle
 from pathsegdiff.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 #: (height, width) of a source image, and the side of a region: a patch, which is the smallest.
 SOURCE_PX, REGION_PX = (48, 64), 256
 #: One tap of each level: every kind of file that a sample has, and few bytes.
@@ -53,26 +55,6 @@ TEST_EVERY, GROUP_SIZE = 5, 4
 FROM = 0.2
 LIMIT_BYTES, LIMIT_HANDLES = 50_000_000, 5
 SECONDS = 1.0
-
-MANIFEST = """
-name = "soak"
-title = "Discs"
-licence = "CC0"
-root = "."
-splits = ["train", "test"]
-grouped = true
-
-[region]
-kind = "resize"
-region_px = {region_px}
-
-[labels]
-objects = "disc"
-classes = [
-  {{ name = "background", colour = [230, 230, 230], codes = [0] }},
-  {{ name = "disc", colour = [0, 158, 115], codes = "positive" }},
-]
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,27 +170,23 @@ def soak(work: Path, samples: int, seconds: float = SECONDS) -> dict[str, Any]:
 
 def make_data(folder: Path, samples: int) -> None:
     """Images and masks of discs, no two alike; their manifest is written last."""
+    from tests.helpers_stage_one import discs_manifest, draw_discs
+
     if (folder / "soak.toml").exists():
         return
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = ["sample_id,image,mask,split,group"]
-    y, x = np.mgrid[: SOURCE_PX[0], : SOURCE_PX[1]]
     for number in range(samples):
         name = f"s{number:06d}"
-        rng = np.random.default_rng(number)
-        mask = np.zeros(SOURCE_PX, np.uint8)
-        for disc in (1, 2):
-            row, column = rng.uniform(0.2, 0.8, 2) * SOURCE_PX
-            mask[(y - row) ** 2 + (x - column) ** 2 < (SOURCE_PX[0] / 6) ** 2] = disc
-        image = rng.normal(200, 10, (*SOURCE_PX, 3)) - 80 * (mask > 0)[..., None]
-        pixels = image.clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"images/{name}.png", compress_level=1)
+        image, mask = draw_discs(np.random.default_rng(number), SOURCE_PX)
+        Image.fromarray(image).save(folder / f"images/{name}.png", compress_level=1)
         Image.fromarray(mask).save(folder / f"images/{name}_mask.png", compress_level=1)
         group = number // GROUP_SIZE
         split = "test" if group % TEST_EVERY == 0 else "train"
         rows.append(f"{name},images/{name}.png,images/{name}_mask.png,{split},g{group}")
     (folder / "soak.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    (folder / "soak.toml").write_text(MANIFEST.format(region_px=REGION_PX), encoding="utf-8")
+    manifest = discs_manifest("soak", region_px=REGION_PX)
+    (folder / "soak.toml").write_text(manifest, encoding="utf-8")
 
 
 def stages(work: Path, samples: int) -> list[Stage]:

@@ -197,13 +197,23 @@ def _extraction(
     command += ["--dtype", recipe.dtype, "--precision", recipe.precision]
     command += ["--seed", str(recipe.seed), "--layout", recipe.layout]
     command += ["--tokens"] if recipe.tokens else []
-    root = data_root or was.get("data_root")
+    root = _root(opened, data_root)
     command += [] if root is None else ["--data-root", str(root)]
     command += [] if was.get("mpp") is None else ["--mpp", str(was["mpp"])]
     command += [] if was.get("batch_size") is None else ["--batch-size", str(was["batch_size"])]
-    for split in sorted({sample.split for sample in opened.registered()}):
+    for split in _splits(opened):
         command += ["--split", split]
     return command
+
+
+def _root(opened: "FeatureStore", data_root: Path | None) -> Path | None:
+    """Where the images are: as asked for, else as recorded."""
+    recorded = opened.provenance["extraction"].get("data_root")
+    return data_root or (None if recorded is None else Path(recorded))
+
+
+def _splits(opened: "FeatureStore") -> list[str]:
+    return sorted({sample.split for sample in opened.registered()})
 
 
 def _check_sources(
@@ -222,11 +232,10 @@ def _check_sources(
     from pathsegdiff.features.extract import check_unchanged
 
     was = opened.provenance["extraction"]
-    root = data_root or was.get("data_root")
     dataset = open_dataset(
         was["dataset"],
-        data_root=None if root is None else Path(root),
-        splits=sorted({sample.split for sample in opened.registered()}),
+        data_root=_root(opened, data_root),
+        splits=_splits(opened),
         mpp=was.get("mpp"),
     )
     known = {sample.sample_id for sample in dataset.samples}

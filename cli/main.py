@@ -132,7 +132,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except PathSegDiffError as error:
-        return _fail(" ".join(str(error).split("\n")))
+        return _fail(str(error))
     except MemoryError:
         return _fail(_OUT_OF_MEMORY)
     except RuntimeError as error:

@@ -4,6 +4,12 @@ Every one derives from ``PathSegDiffError``, which the command line turns into o
 and exit code 1. A bug raises something else and keeps its traceback.
 """
 
+#: What reading the values of a damaged or hostile JSON file can raise, where it is no JSON or holds
+#: something else than was written.
+MALFORMED = (
+    *(ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError),
+    RecursionError,
+)
 #: Of a message; what a file puts into it may be longer.
 _LONGEST = 2000
 

@@ -107,23 +107,33 @@ def write_dataset(
     rng = np.random.default_rng(3)
     (folder / "images").mkdir(parents=True)
     rows = ["sample_id,image,mask,split,group"]
-    height, width = size
-    y, x = np.mgrid[:height, :width]
     names = [f"train_{i}" for i in range(train)] + [f"test_{i}" for i in range(test)]
     for name in names:
-        mask = np.zeros(size, np.uint8)
-        for number in (1, 2):
-            row, column = rng.uniform(0.2, 0.8, 2) * size
-            mask[(y - row) ** 2 + (x - column) ** 2 < (min(size) / 6) ** 2] = number
-        image = rng.normal(200, 10, (*size, 3)) - 80 * (mask > 0)[..., None]
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"images/{name}.png")
+        image, mask = draw_discs(rng, size)
+        Image.fromarray(image).save(folder / f"images/{name}.png")
         Image.fromarray(mask).save(folder / f"images/{name}_anno.png")
         split = name.split("_")[0]
         rows.append(f"{name},images/{name}.png,images/{name}_anno.png,{split},{name}")
     (folder / "discs.csv").write_text("\n".join(rows) + "\n")
-    (folder / "discs.toml").write_text(
-        """
-name = "discs"
+    (folder / "discs.toml").write_text(discs_manifest("discs", region_px=512))
+    return folder / "discs.toml"
+
+
+def draw_discs(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(H, W, 3) uint8 image and (H, W) uint8 mask of two dark discs on a bright ground."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    mask = np.zeros(size, np.uint8)
+    for number in (1, 2):
+        row, column = rng.uniform(0.2, 0.8, 2) * size
+        mask[(y - row) ** 2 + (x - column) ** 2 < (min(size) / 6) ** 2] = number
+    image = rng.normal(200, 10, (*size, 3)) - 80 * (mask > 0)[..., None]
+    return image.clip(0, 255).astype(np.uint8), mask
+
+
+def discs_manifest(name: str, *, region_px: int) -> str:
+    """TOML of a data set of discs with the table NAME.csv beside it."""
+    return f"""
+name = "{name}"
 title = "Discs"
 licence = "CC0"
 root = "."
@@ -132,14 +142,12 @@ grouped = true
 
 [region]
 kind = "resize"
-region_px = 512
+region_px = {region_px}
 
 [labels]
 objects = "disc"
 classes = [
-  { name = "background", colour = [230, 230, 230], codes = [0] },
-  { name = "disc", colour = [0, 158, 115], codes = "positive" },
+  {{ name = "background", colour = [230, 230, 230], codes = [0] }},
+  {{ name = "disc", colour = [0, 158, 115], codes = "positive" }},
 ]
 """
-    )
-    return folder / "discs.toml"

@@ -14,6 +14,7 @@ ORDER = (
     "errors",
     "files",
     "locks",
+    "tensors",
     "interrupt",
     "config",
     "grid",
@@ -69,6 +70,12 @@ def test_only_diffusion_imports_diffusers_or_timm():
         tops = {name.split(".")[0] for name in imported(path)}
         if tops & {"diffusers", "timm"}:
             assert path.relative_to(ROOT).parts[1] == "diffusion", path
+
+
+def test_what_torch_saved_is_read_in_one_place():
+    for path in MODULES:
+        if "torch.load(" in path.read_text():
+            assert path.relative_to(ROOT).as_posix() == "pathsegdiff/tensors.py"
 
 
 def test_segmentation_takes_only_the_store_from_stage_one():

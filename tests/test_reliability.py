@@ -3,6 +3,7 @@
 A few repetitions of each run always; the counts of docs/reliability.md are marked slow.
 """
 
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -551,21 +553,27 @@ def _parts(store):
 # -- the disk --
 
 
-def test_a_store_that_is_removed_meanwhile_is_one_line(monkeypatch, capsys):
+def check_extraction_fails(store, remove, monkeypatch, capsys):
+    """One line that names the store, where ``remove`` is called before each region."""
     from pathsegdiff.features import extract
 
     real = extract.StageOne.run
 
-    def remove(self, *arguments):
-        shutil.rmtree("gone.zarr", ignore_errors=True)
+    def run_after(self, *arguments):
+        remove()
         return real(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(extract.StageOne, "run", remove)
-        assert run([*EXTRACT, "gone.zarr"]) == 1
+        patch.setattr(extract.StageOne, "run", run_after)
+        assert run([*EXTRACT, store]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("Error: ") and "gone.zarr" in error
-    shutil.rmtree("gone.zarr", ignore_errors=True)
+    assert error.startswith("Error: ") and store in error
+    shutil.rmtree(store, ignore_errors=True)
+
+
+def test_a_store_that_is_removed_meanwhile_is_one_line(monkeypatch, capsys):
+    remove = partial(shutil.rmtree, "gone.zarr", ignore_errors=True)
+    check_extraction_fails("gone.zarr", remove, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("closed", ["", "marks"])
@@ -597,27 +605,18 @@ def test_a_folder_that_may_not_be_written_to_is_one_line(closed):
 def test_a_store_that_is_removed_in_part_is_said_although_every_write_succeeds(
     part, monkeypatch, capsys
 ):
-    from pathsegdiff.features import extract
+    regions = itertools.count(1)
 
-    real, regions = extract.StageOne.run, []
-
-    def remove(self, *arguments):
-        regions.append(1)
-        if len(regions) == 5:  # the last of them
+    def remove():
+        if next(regions) == 5:  # the last of them
             deadline = time.monotonic() + 120
             while not list(Path("partly.zarr").glob("marks/00000003.json")):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             target = Path("partly.zarr", part)
             shutil.rmtree(target) if target.is_dir() else target.unlink()
-        return real(self, *arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(extract.StageOne, "run", remove)
-        assert run([*EXTRACT, "partly.zarr"]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("Error: ") and "partly.zarr" in error
-    shutil.rmtree("partly.zarr", ignore_errors=True)
+    check_extraction_fails("partly.zarr", remove, monkeypatch, capsys)
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount here")

@@ -39,7 +39,7 @@ from pathsegdiff.diffusion.conditioning import Conditioner
 from pathsegdiff.diffusion.encoder import build_encoder, read_encoder_config
 from pathsegdiff.diffusion.model import DiffusionModel
 from pathsegdiff.diffusion.presets import PRESETS, Preset, build_random
-from pathsegdiff.diffusion.schedule import NoiseSchedule
+from pathsegdiff.diffusion.schedule import MAX_NUMBER, NoiseSchedule
 from pathsegdiff.diffusion.taps import TapSpec, plan_taps
 from pathsegdiff.diffusion.unet import build_unet
 from pathsegdiff.errors import BundleError, ConfigError
@@ -66,8 +66,6 @@ WEIGHT_FILES = {
 CONFIG_FILES = {part: f"{part}/config.json" for part in WEIGHT_FILES}
 #: Settings files are small; a larger one is something else.
 _MAX_JSON_BYTES = 1 << 20
-#: Above any scale and any beta; a larger whole number fits no float.
-_MAX_NUMBER = 1e9
 #: Of a diffusers config: each is a list of blocks, a number of layers, ...
 _MAX_LAYERS = 64
 
@@ -248,7 +246,7 @@ class _Fields:
 
     def number(self, name: str) -> float:
         value = self._get(name, (int, float), "a number")
-        if not 0 < value <= _MAX_NUMBER:
+        if not 0 < value <= MAX_NUMBER:
             raise BundleError(f"{self._where}: {name} must be above 0, got {value!r:.60}")
         return float(value)
 

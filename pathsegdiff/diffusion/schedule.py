@@ -15,6 +15,8 @@ from pathsegdiff.errors import ConfigError
 
 #: Names as diffusers uses them. CompVis calls the first "linear" and the second "sqrt_linear".
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+#: Above any scale and any beta of a model; a larger whole number fits no float.
+MAX_NUMBER = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)

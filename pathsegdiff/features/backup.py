@@ -7,20 +7,21 @@ copy is written after the table of samples, so it may be one registration behind
 checksum of its own (``seal``).
 """
 
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from pathsegdiff.errors import StoreError
+from pathsegdiff.errors import MALFORMED, StoreError
 from pathsegdiff.features.seal import sealed, unsealed
 from pathsegdiff.features.store import (
     BACKUP_KEY,
     MARKS_FOLDER,
     SAMPLES_KEY,
+    Checksum,
     FeatureStore,
+    accepted_checksums,
     checksum,
+    resized,
 )
 from pathsegdiff.files import put_bytes
 
@@ -49,65 +50,46 @@ def keep_copy(path: Path, keys: Iterable[str]) -> bool:
     return True
 
 
-def put_back(path: Path) -> list[str]:
+def put_back(path: Path) -> tuple[list[str], int]:
     """Put metadata files that are missing or damaged back from the copy; nobody else may write.
 
     What the table of samples vouches for is left alone; where the table itself is damaged, all is
-    put back as it was when the copy was made.
+    put back as it was when the copy was made. Completion marks that no row of the table belongs to
+    are taken away.
 
     Returns:
-        Keys of the files that were put back.
+        Keys of the files that were put back, and how many marks were taken away.
 
     Raises:
         StoreError: If a file is damaged and the copy of it too, or there is no copy.
     """
-    kept = _files(_read(path / BACKUP_KEY))
-    table = _read(path / SAMPLES_KEY)
-    rows = _rows(table)
-    accepted = {} if table is None else _accepted(table)
-    listed = SAMPLES_KEY in (kept or {}) or any((path / MARKS_FOLDER).glob("*.json"))
-    broken_table = accepted is None or (table is None and listed)
-    if broken_table:
-        accepted = _accepted(kept[SAMPLES_KEY]) if kept and SAMPLES_KEY in kept else None
-        if accepted is None:
+    kept = _files(_read(path / BACKUP_KEY)) or {}
+    content, marks = _read(path / SAMPLES_KEY), list((path / MARKS_FOLDER).glob("*.json"))
+    table, todo = _table(content), {}
+    if table is None and (content is not None or SAMPLES_KEY in kept or marks):
+        table = _table(kept.get(SAMPLES_KEY))
+        if table is None:
             raise _beyond_repair(path, SAMPLES_KEY)
+        todo[SAMPLES_KEY] = kept[SAMPLES_KEY]
     # Before the first sample is registered there is no table, and the copy alone speaks.
-    accepted = accepted or {key: [checksum(content)] for key, content in (kept or {}).items()}
-    wanted = {key: allowed for key, allowed in accepted.items() if key != SAMPLES_KEY}
-    todo = {}
-    for key, allowed in wanted.items():
-        if checksum(_read(path / key)) in allowed:
+    accepted: Mapping[str, Sequence[Checksum | None]]
+    rows, accepted = table or (0, {})
+    accepted = accepted or {key: [checksum(copy)] for key, copy in kept.items()}
+    for key, allowed in accepted.items():
+        if key == SAMPLES_KEY or checksum(_read(path / key)) in allowed:
             continue
-        copies = [] if kept is None or key not in kept else [kept[key], _grown(kept[key], rows)]
+        copies = [kept[key], _resized(kept[key], rows)] if key in kept else []
         fitting = [copy for copy in copies if checksum(copy) in allowed]
         if not fitting:
             raise _beyond_repair(path, key)
         todo[key] = fitting[0]
-    if broken_table and kept is not None:
-        todo[SAMPLES_KEY] = kept[SAMPLES_KEY]
-    # The group's own file comes last: without it this is no store, and is begun again.
+    # The group's own file comes last: without it this is no store.
     for key in sorted(todo, key=lambda key: key == "zarr.json"):
         put_bytes(path / key, todo[key])
-    return sorted(todo)
-
-
-def drop_surplus_marks(path: Path) -> int:
-    """Take completion marks away that no row of the table belongs to; nobody else may write.
-
-    Returns:
-        How many.
-    """
-    rows = _rows(_read(path / SAMPLES_KEY))
-    if rows is None:
-        return 0
-    surplus = [
-        mark
-        for mark in (path / MARKS_FOLDER).glob("*.json")
-        if mark.stem.isdecimal() and int(mark.stem) >= rows
-    ]
+    surplus = [mark for mark in marks if mark.stem.isdecimal() and int(mark.stem) >= rows]
     for mark in surplus:
         mark.unlink()
-    return len(surplus)
+    return sorted(todo), len(surplus)
 
 
 def copy_problem(store: FeatureStore) -> str | None:
@@ -140,25 +122,25 @@ def _files(content: bytes | None) -> dict[str, bytes] | None:
     try:
         values = unsealed(content or b"")["files"]
         return {_checked(key): text.encode("utf-8") for key, text in values.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except MALFORMED:
         return None
 
 
-def _rows(table: bytes | None) -> int | None:
-    """How many samples a table lists; None of a damaged one."""
+def _table(content: bytes | None) -> tuple[int, dict[str, list[Checksum]]] | None:
+    """How many samples a table lists, and what each zarr.json may be; None of a damaged one."""
     try:
-        return len(unsealed(table or b"")["samples"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        values = unsealed(content or b"")
+        accepted = accepted_checksums(values)
+        return len(values["samples"]), {_checked(key): accepted[key] for key in accepted}
+    except MALFORMED:
         return None
 
 
-def _grown(metadata: bytes, rows: int | None) -> bytes:
-    """A copied zarr.json of an array, as it is once so many samples are registered."""
+def _resized(metadata: bytes, rows: int) -> bytes:
+    """The copy is one registration behind where the arrays have grown since."""
     try:
-        values = json.loads(metadata)
-        values["shape"][0] = rows
-        return json.dumps(values, indent=2).encode()
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return resized(metadata, rows)
+    except MALFORMED:  # of a group
         return metadata
 
 
@@ -166,15 +148,3 @@ def _checked(key: str) -> str:
     if not _KEY.fullmatch(key):
         raise ValueError(f"{key!r:.60} is no metadata of a store")
     return key
-
-
-def _accepted(table: bytes) -> dict[str, list[Any]] | None:
-    """What the table of samples says that each zarr.json may be; None where it is damaged."""
-    try:
-        values = unsealed(table)["files"]
-        return {
-            _checked(key): [(int(size), int(crc)) for size, crc in allowed]
-            for key, allowed in values.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None

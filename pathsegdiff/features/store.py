@@ -39,7 +39,7 @@ from pathsegdiff.config import ALL_TAPS, Recipe
 from pathsegdiff.data.image import MAX_PIXELS
 from pathsegdiff.data.labels import LabelScheme
 from pathsegdiff.data.regions import RegionRule
-from pathsegdiff.errors import ConfigError, DataError, StoreError
+from pathsegdiff.errors import MALFORMED, ConfigError, DataError, StoreError
 from pathsegdiff.features.layout import GRID_STRIDE, Level
 from pathsegdiff.features.quantize import SCALE_PREFIX, array_dtype, dequantize
 from pathsegdiff.features.seal import unsealed
@@ -72,11 +72,6 @@ _MODEL_NUMBERS = {"embed_dim": 1 << 16, "head_width": 1 << 12, "patch_px": 1 << 
 _MARK = re.compile(r"([0-9]{1,9})\.json")
 #: All that a writer ever uses inside an array.
 _CODECS = ("bytes", "zstd", "crc32c")
-#: What a reader can make of what a hostile file holds.
-_DAMAGE = (
-    *(ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError),
-    RecursionError,
-)
 #: (bytes, CRC-32) of a file.
 Checksum = tuple[int, int]
 
@@ -394,10 +389,18 @@ class FeatureStore:
         Raises:
             StoreError: If one is missing, or has another shape or dtype than the store says.
         """
-        for key in self._metadata:
-            self._check_metadata(key)
+        self.check_metadata()
         for name in self.array_shapes:
             self._array(name)
+
+    def check_metadata(self) -> None:
+        """Hold every zarr.json against the table of samples, where there is one yet.
+
+        Raises:
+            StoreError: If one is missing or damaged.
+        """
+        for key in self._metadata:
+            self._check_metadata(key)
 
     def check_sample(self, sample: StoredSample) -> None:
         """Hold the sample's files against its mark (existence and size, once per reader).
@@ -438,7 +441,7 @@ class FeatureStore:
             for key in files:
                 if not _SAMPLE_FILE.fullmatch(key):
                     raise ValueError(f"it lists {key!r:.60}")
-        except _DAMAGE as error:
+        except MALFORMED as error:
             raise StoreError(
                 f"{self.path}: the completion mark of sample {sample.sample_id} is damaged "
                 f"({error!s:.200}); {_mend(self.path)}"
@@ -494,7 +497,7 @@ class FeatureStore:
                 array = self._group[name]
                 if not isinstance(array, zarr.Array):
                     raise ValueError("it is no array")
-            except (*_DAMAGE, zarr.errors.BaseZarrError) as error:
+            except (*MALFORMED, zarr.errors.BaseZarrError) as error:
                 raise StoreError(
                     f"{self.path}: array {name} is missing or damaged ({error!s:.200}); "
                     f"{_mend(self.path)}"
@@ -535,7 +538,7 @@ class FeatureStore:
         in it but those that a writer uses: so a row unpacks to as many bytes as the store says.
 
         Raises:
-            ValueError, or another of ``_DAMAGE``: If it is something else.
+            ValueError, or another of ``MALFORMED``: If it is something else.
         """
         metadata = json.loads(self._get_json(f"{name}/zarr.json") or b"null")
         if metadata is None:
@@ -603,7 +606,7 @@ class FeatureStore:
             selection = tuple(slice(None) if part is None else part for part in where)
             row: tuple[int | slice, ...] = (sample.index, *selection)
             return np.asarray(array[row])
-        except (*_DAMAGE, RuntimeError, zarr.errors.BaseZarrError) as error:
+        except (*MALFORMED, RuntimeError, zarr.errors.BaseZarrError) as error:
             # A chunk whose checksum or compressed stream is wrong.
             raise StoreError(
                 f"{self.path}: sample {sample.sample_id} is damaged in {name} ({error!s:.200}); "
@@ -665,7 +668,7 @@ class FeatureStore:
             for level in levels.values():
                 if level.cells_per_patch > self.card.rule.patch_px:
                     raise ValueError(f"{level.name} has {level.cells_per_patch!r:.60} cells")
-        except (*_DAMAGE, ConfigError, DataError) as error:
+        except (*MALFORMED, ConfigError, DataError) as error:
             raise StoreError(
                 f"{self.path}: its attributes are damaged ({error!r:.300}); {_mend(self.path)}"
             ) from None
@@ -704,11 +707,8 @@ class FeatureStore:
             samples = [
                 StoredSample.from_dict(index, row) for index, row in enumerate(table["samples"])
             ]
-            files = {
-                str(key): [(int(size), int(crc)) for size, crc in accepted]
-                for key, accepted in table["files"].items()
-            }
-        except _DAMAGE as error:
+            files = accepted_checksums(table)
+        except MALFORMED as error:
             raise StoreError(
                 f"{self.path}: {SAMPLES_KEY} is damaged ({error!r:.300}); {_mend(self.path)}"
             ) from None
@@ -749,7 +749,7 @@ def open_group(path: str | Path, mode: str = "r") -> zarr.Group:
         raise StoreError(
             f"{path}: there is no feature store; make one with `psd extract`"
         ) from None
-    except (*_DAMAGE, zarr.errors.BaseZarrError) as error:
+    except (*MALFORMED, zarr.errors.BaseZarrError) as error:
         reason = f"{error!s:.200}" or type(error).__name__
         raise StoreError(
             f"{path} cannot be read as a feature store ({reason}); {_mend(path)}"
@@ -789,6 +789,25 @@ def array_shapes(
 def checksum(content: bytes | bytearray | None) -> Checksum | None:
     """As the table and the marks list it; None of a file that is not there."""
     return None if content is None else (len(content), zlib.crc32(content))
+
+
+def accepted_checksums(table: dict[str, Any]) -> dict[str, list[Checksum]]:
+    """What a table of samples says that each zarr.json may be; one of ``MALFORMED`` if nothing."""
+    return {
+        str(key): [(int(size), int(crc)) for size, crc in accepted]
+        for key, accepted in table["files"].items()
+    }
+
+
+def resized(metadata: bytes, rows: int) -> bytes:
+    """The zarr.json of an array with so many samples, byte by byte what zarr's resize writes.
+
+    Raises:
+        One of ``MALFORMED``: If it is no array's.
+    """
+    values = json.loads(metadata)
+    values["shape"][0] = rows
+    return json.dumps(values, indent=2).encode()
 
 
 def mark_key(index: int) -> str:

@@ -6,7 +6,6 @@ disk after everything that it lists.
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pathsegdiff.config import Recipe
 from pathsegdiff.errors import StoreError
-from pathsegdiff.features.backup import drop_surplus_marks, keep_copy, put_back
+from pathsegdiff.features.backup import keep_copy, put_back
 from pathsegdiff.features.claims import Claim
 from pathsegdiff.features.layout import Level
 from pathsegdiff.features.quantize import (
@@ -45,6 +44,7 @@ from pathsegdiff.features.store import (
     checksum,
     mark_key,
     open_group,
+    resized,
     row_key,
 )
 from pathsegdiff.files import put_bytes, sync, sync_below
@@ -165,7 +165,7 @@ class StoreWriter:
             return self._keep_copy()
 
     def _keep_copy(self) -> bool:
-        self.store.check_arrays()
+        self.store.check_metadata()
         return keep_copy(self.path, self.store.metadata_keys)
 
     def _list(self, table: Sequence[StoredSample]) -> None:
@@ -179,9 +179,7 @@ class StoreWriter:
         for name in self.store.array_shapes:
             # What zarr's resize does, but on the disk before the old file is gone.
             key = f"{name}/zarr.json"
-            metadata = json.loads(before[key])
-            metadata["shape"][0] = len(table)
-            after[key] = json.dumps(metadata, indent=2).encode()
+            after[key] = resized(before[key], len(table))
         both = {key: [checksum(before[key]), checksum(after[key])] for key in after}
         self._put_table(self.store.registered(), both)
         # Arrays first: rows without a name are harmless, a name without a row is not.
@@ -491,8 +489,7 @@ def put_metadata_back(path: Path) -> tuple[list[str], int]:
             )
         raise StoreError(f"{path}: there is no feature store; make one with `psd extract`")
     with _locked(path):
-        restored = put_back(path)
-        return restored, drop_surplus_marks(path)
+        return put_back(path)
 
 
 def open_existing(path: str | Path) -> StoreWriter:

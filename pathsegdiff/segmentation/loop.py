@@ -13,7 +13,6 @@ import logging
 import math
 import re
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from pathsegdiff.device import device_name
 from pathsegdiff.errors import DivergedError, RunError
 from pathsegdiff.evaluation.confusion import scores
-from pathsegdiff.files import refuse_packed, replace_file
+from pathsegdiff.files import replace_file
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.locks import alone_in
 from pathsegdiff.segmentation.runs import (
@@ -38,9 +37,11 @@ from pathsegdiff.segmentation.runs import (
     CURVES_FILE,
     LOG_FILE,
     RESULT_FILE,
+    damage_in_one_line,
     write_json,
 )
 from pathsegdiff.segmentation.sampling import prefetch
+from pathsegdiff.tensors import load_tensors
 
 _logger = logging.getLogger(__name__)
 
@@ -357,10 +358,7 @@ class TrainingLoop(ABC, Generic[Batch]):
 
     def _load_checkpoint(self, file: Path) -> None:
         try:
-            # Only tensors and plain values: a checkpoint from elsewhere cannot run code.
-            with warnings.catch_warnings(action="ignore"):
-                refuse_packed(file)
-                state = torch.load(file, map_location=self.device, weights_only=True)
+            state = load_tensors(file, self.device)
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
@@ -411,7 +409,7 @@ def finished_before(out: Path) -> TrainResult | None:
     file = out / RESULT_FILE
     if not file.exists():
         return None
-    try:
+    with damage_in_one_line(file):
         result = json.loads(file.read_text(encoding="utf-8"))
         kept = {
             key: math.nan if value is None else float(value)
@@ -424,15 +422,6 @@ def finished_before(out: Path) -> TrainResult | None:
             kept=kept,
             seconds=float(result["seconds"]),
         )
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise RunError(f"{file} is damaged ({error!r}); train again into another --out") from None
 
 
 def refuse_differences(out: Path, differing: Sequence[tuple[str, Any, Any]]) -> None:

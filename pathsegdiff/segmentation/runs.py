@@ -8,7 +8,8 @@ RUN/config.json        every setting, the samples of each part, the store's reci
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import save
 from torch import nn
 
 from pathsegdiff.config import Recipe
-from pathsegdiff.errors import PathSegDiffError, RunError
+from pathsegdiff.errors import MALFORMED, PathSegDiffError, RunError
 from pathsegdiff.features.store import DatasetCard, FeatureStore
 from pathsegdiff.files import replace_file
 from pathsegdiff.segmentation.head import FCNHead, HeadLevel
@@ -210,7 +211,7 @@ def read_config(path: Path) -> RunConfig:
     file = path / CONFIG_FILE
     if not file.is_file():
         raise RunError(f"{path} is no run folder (it has no {CONFIG_FILE}); see `psd train-head`")
-    try:
+    with damage_in_one_line(file):
         if file.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError("it is larger than a config can be")
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -218,20 +219,23 @@ def read_config(path: Path) -> RunConfig:
             raise ValueError(f"it is not of format {FORMAT}")
         if values.get("kind") != "baseline":
             return RunConfig.from_dict(values)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        PathSegDiffError,
-    ) as error:
+    raise RunError(f"{path} is a run of `psd baseline`, not of `psd train-head`; choose another")
+
+
+@contextmanager
+def damage_in_one_line(file: Path) -> Iterator[None]:
+    """Say of a JSON file of a run that it is damaged, where reading it inside the block fails.
+
+    Raises:
+        RunError: Then.
+    """
+    try:
+        yield
+    except (*MALFORMED, PathSegDiffError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise RunError(
             f"{file} is damaged ({reason:.300}); train again into another --out"
         ) from None
-    raise RunError(f"{path} is a run of `psd baseline`, not of `psd train-head`; choose another")
 
 
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> Run:

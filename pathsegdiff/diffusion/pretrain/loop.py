@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from pathsegdiff.device import autocast
 from pathsegdiff.diffusion.third_party import EMAModel
 from pathsegdiff.errors import RunError
-from pathsegdiff.files import refuse_packed, replace_file
+from pathsegdiff.files import replace_file
 from pathsegdiff.interrupt import deferred_interrupt
+from pathsegdiff.tensors import load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -347,9 +348,8 @@ class TrainingLoop:
         replace_file(self.folder / CHECKPOINT_FILE, lambda file: torch.save(state, file))
 
     def _load(self, file: Path) -> None:
-        try:  # weights_only: nothing in the file is executed
-            refuse_packed(file)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = load_tensors(file)
             self.part.trained.load_state_dict(state["weights"])
             self.part.load_extra_state(state["extra"])
             for group in state["optimizer"]["param_groups"]:

@@ -36,7 +36,8 @@ from pathsegdiff.diffusion.pretrain.plans import PARTS
 from pathsegdiff.diffusion.pretrain.run import FACTS_FILE, WEIGHTS_FILE
 from pathsegdiff.diffusion.pretrain.small_state import expand, half, shrink
 from pathsegdiff.errors import DataError, RunError
-from pathsegdiff.files import refuse_packed, replace_file
+from pathsegdiff.files import replace_file
+from pathsegdiff.tensors import load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -364,9 +365,8 @@ def _halves(file: Path) -> dict[str, Tensor]:
 def _running(folder: Path) -> dict[str, Path | bytes]:
     """The small form of a running part's checkpoint."""
     file = folder / CHECKPOINT_FILE
-    try:  # weights_only: nothing in the file is executed
-        refuse_packed(file)
-        tensors, facts = shrink(torch.load(file, map_location="cpu", weights_only=True))
+    try:
+        tensors, facts = shrink(load_tensors(file))
         return {_STATE_TENSORS: save(tensors), _STATE_FACTS: json.dumps(facts).encode()}
     except RunError:
         raise

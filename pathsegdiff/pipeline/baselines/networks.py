@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from pathsegdiff.diffusion import imagenet
 from pathsegdiff.errors import RunError
-from pathsegdiff.files import file_sha256, refuse_packed
+from pathsegdiff.files import file_sha256
 from pathsegdiff.pipeline.baselines.dcan import DCAN
 from pathsegdiff.pipeline.baselines.fcn8s import FCN8s
+from pathsegdiff.tensors import load_tensors
 
 PACKAGE = "segmentation-models-pytorch"
 #: The encoders halve the image five times.
@@ -189,11 +190,7 @@ def _load_encoder(network: nn.Module, state: dict[str, Tensor]) -> None:
 
 def _load_file(architecture: Architecture, network: nn.Module, file: Path) -> None:
     try:
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:  # only tensors and plain values: nothing in the file can run code
-            refuse_packed(file)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_file(file) if file.suffix == ".safetensors" else load_tensors(file)
         _load_encoder(network, dict(state))
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror or error}") from None

@@ -20,7 +20,7 @@ from pathsegdiff.files import file_sha256
 from pathsegdiff.pipeline.baselines.images import AUGMENTATION
 from pathsegdiff.pipeline.baselines.networks import STRIDE, architecture_of, build_network
 from pathsegdiff.segmentation.loop import folder_name
-from pathsegdiff.segmentation.runs import CONFIG_FILE, FORMAT, load_weights
+from pathsegdiff.segmentation.runs import CONFIG_FILE, FORMAT, damage_in_one_line, load_weights
 from pathsegdiff.segmentation.train import KEEPS
 
 NETWORK_FILE = "network.safetensors"
@@ -254,21 +254,12 @@ def read_baseline(path: Path) -> BaselineConfig:
     """
     file = path / CONFIG_FILE
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values.get("kind") == KIND and values["format"] == FORMAT:
-            return BaselineConfig.from_dict(values)
+        with damage_in_one_line(file):
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if values.get("kind") == KIND and values["format"] == FORMAT:
+                return BaselineConfig.from_dict(values)
     except FileNotFoundError:
         raise RunError(f"{path} is no run folder (it has no {CONFIG_FILE})") from None
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        reason = f"{type(error).__name__}: {error!s:.200}"
-        raise RunError(f"{file} is damaged ({reason}); train again into another --out") from None
     raise RunError(f"{path} is no run of `psd baseline`; choose another --out")
 
 
