@@ -347,9 +347,7 @@ def scaled(looks: Sequence[Look], samples: int) -> list[Look]:
 
 def growth(stage: dict[str, Any]) -> list[str]:
     """What a command gained on its way, where it is too much."""
-    begin = at(stage, FROM)
-    rest = [look for look in stage["looks"] if look["done"] >= FROM] or [begin]
-    problems = []
+    begin, rest, problems = at(stage, FROM), after(stage, FROM), []
     for name, limit, unit in (
         ("rss_bytes", LIMIT_BYTES, 1e6),
         ("handles", LIMIT_HANDLES + 1, 1),
@@ -371,6 +369,11 @@ def at(stage: dict[str, Any], part: float) -> dict[str, Any]:
     """The first look at or after a part of the way."""
     looks: list[dict[str, Any]] = stage["looks"]
     return next((look for look in looks if look["done"] >= part), looks[-1])
+
+
+def after(stage: dict[str, Any], part: float) -> list[dict[str, Any]]:
+    """The looks at or after a part of the way; the last one where a command was too quick."""
+    return [look for look in stage["looks"] if look["done"] >= part] or [at(stage, part)]
 
 
 def pace(stage: dict[str, Any], start: float, stop: float) -> tuple[float, float]:
@@ -403,7 +406,7 @@ def table(found: dict[str, Any]) -> str:
     for stage in found["stages"]:
         memory = [at(stage, part)["rss_bytes"] for part in (0.1, 0.5, 1.0)]
         memory.append(max(look["rss_bytes"] for look in stage["looks"]))
-        rest = [look for look in stage["looks"] if look["done"] >= FROM]
+        rest = after(stage, FROM)
         line = [stage["name"], f"{stage['samples']:,}", f"{stage['seconds']:.0f}"]
         paces = pace(stage, 0.1, 0.2), pace(stage, 0.9, 1.0)
         line += [f"{rate:.1f}" for rate, _ in paces] + [f"{1e3 * cpu:.1f}" for _, cpu in paces]

@@ -67,6 +67,13 @@ def test_a_command_that_grows_is_named_with_what_it_gains(soak, settings, messag
     assert soak.growth(stage(soak, **settings)) == [message]
 
 
+def test_a_command_that_ends_before_it_is_seen_to_move_is_a_line_too(soak):
+    quick = stage(soak)
+    quick["looks"] = [{**look, "done": 0.0} for look in quick["looks"][:2]]
+    assert soak.growth(quick) == []
+    assert "| extract | 1,000 |" in soak.table({"stages": [quick]})
+
+
 def test_the_pace_is_that_of_a_part_of_the_samples(soak):
     rate, cpu = soak.pace(stage(soak, slow=4.0), 0.1, 0.2)
     assert (rate, cpu) == (pytest.approx(10.0), pytest.approx(0.05))
@@ -85,8 +92,9 @@ def test_300_samples_go_through_every_command_and_nothing_grows(soak, tmp_path, 
         "eval",
     ]
     assert [entry["samples"] for entry in found["stages"]] == [300, 300, 240, 60]
-    # Ten files and a mark of each sample; the groups, seven arrays and the table.
-    assert found["files"] == 300 * 10 + 2 + 7 + 1 + 1
+    # Ten files of each sample, its mark among them; two groups, seven arrays, the table, the second
+    # copy of these, the lock.
+    assert found["files"] == 300 * 10 + 2 + 7 + 1 + 1 + 1
     for entry in found["stages"]:
         assert len(entry["looks"]) > 5
         assert max(look["handles"] for look in entry["looks"]) < 40
