@@ -127,6 +127,19 @@ def autocast(device: "torch.device", precision: str) -> "torch.autocast":
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def training_layout(device: "torch.device") -> "torch.memory_format":
+    """In which convolutions train fastest; they turn their input into the layout of their weights.
+
+    Channels last, but not on a CPU without AVX-512, for which oneDNN has only a slow gradient of
+    the weights in that layout (measured by benchmarks/layouts.py).
+    """
+    import torch
+
+    if device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return torch.contiguous_format
+    return torch.channels_last
+
+
 def device_name(device: "torch.device") -> str:
     """Name of the hardware, for provenance."""
     import torch

@@ -42,6 +42,7 @@ from pathsegdiff.pipeline.baselines.networks import (
     ARCHITECTURES,
     build_network,
     normalise,
+    on_device,
 )
 from pathsegdiff.pipeline.baselines.runs import (
     default_baseline_name,
@@ -269,6 +270,24 @@ def test_the_seed_decides_the_random_weights_and_nothing_else_is_drawn():
     assert same(first, again)
     assert not same(first, other)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_network_computes_the_same_in_either_layout(monkeypatch, generator):
+    images = normalise(torch.rand(2, 3, 64, 64, generator=generator))
+    found = []
+    for capability, form in (("AVX2", torch.contiguous_format), ("AVX512", torch.channels_last)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        network = on_device(build_network("res-unet", 2, seed=0), torch.device("cpu")).eval()
+        assert all(
+            weight.is_contiguous(memory_format=form)
+            for weight in network.parameters()
+            if weight.ndim == 4
+        )
+        logits = network(images)
+        logits.square().mean().backward()
+        found.append((logits.detach(), network.encoder.conv1.weight.grad))
+    for plain, last in zip(*found, strict=True):
+        assert torch.allclose(plain, last, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
 
 
 def test_inputs_are_normalised_to_minus_one_to_one():

@@ -13,6 +13,7 @@ from pathsegdiff.device import (
     keep_freed_memory,
     resolve_device,
     resolve_precision,
+    training_layout,
     wait_without_spinning,
 )
 from pathsegdiff.errors import ConfigError
@@ -93,3 +94,16 @@ def test_a_precision_that_is_emulated_is_said(monkeypatch, caplog, precision, th
     expected = not there and precision != "float32"
     assert ("is emulated, which is many times slower" in caplog.text) == expected
     assert has_arithmetic("float32")
+
+
+@pytest.mark.parametrize(
+    ("capability", "layout"),
+    [("AVX2", torch.contiguous_format), ("AVX512", torch.channels_last),
+     ("AVX512_BF16", torch.channels_last)],
+)  # fmt: skip
+def test_convolutions_train_in_the_layout_that_the_processor_is_fast_in(
+    monkeypatch, capability, layout
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert training_layout(torch.device("cpu")) is layout
+    assert training_layout(torch.device("cuda")) is torch.channels_last

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pathsegdiff.device import training_layout
 from pathsegdiff.diffusion.autoencoder import build_autoencoder, encode
 from pathsegdiff.diffusion.pretrain.images import ImagePool, to_unit
 from pathsegdiff.diffusion.pretrain.loop import Figures, Part
@@ -47,7 +48,8 @@ class AutoencoderPart(Part):
         held_out_crops: int = 32,
     ) -> None:
         self.model = cast(Any, build_autoencoder(config).to(device))
-        self.model.to(memory_format=torch.channels_last)
+        self.layout = training_layout(device)
+        self.model.to(memory_format=self.layout)
         self.pool, self.device = pool, device
         self.held_out_crops = held_out_crops
         self.is_vq = config["_class_name"] == "VQModel"
@@ -67,7 +69,7 @@ class AutoencoderPart(Part):
 
     def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Figures]:
         """Absolute and squared error of the reconstruction in [-1, 1], plus the latent's term."""
-        images = to_unit(batch, self.device) * 2 - 1
+        images = (to_unit(batch, self.device) * 2 - 1).contiguous(memory_format=self.layout)
         if self.is_vq:
             decoded, commitment = self.model(images, return_dict=False)
             latent_term = commitment.float().mean()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pathsegdiff.device import training_layout
 from pathsegdiff.diffusion import imagenet
 from pathsegdiff.errors import RunError
 from pathsegdiff.files import file_sha256
@@ -137,18 +138,9 @@ def architecture_of(name: str) -> Architecture:
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network on a device, its weights in the layout that trains fastest there.
-
-    Channels last, with which a step of a U-Net takes two thirds of the time on a CPU with AVX-512.
-    Without it oneDNN has only a slow gradient of the weights for that layout (17 GFLOPS against 54,
-    64 to 64 channels at 512 px), and a step of VGG16's convolutions takes three quarters of the
-    time in the plain layout (`benchmarks/training_step.py`). Convolutions turn their input into the
-    layout of their weights.
-    """
+    """The network on a device, in the layout that trains fastest there."""
     moved = network.to(device)
-    plain = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-    layout = torch.contiguous_format if plain else torch.channels_last
-    return moved.to(memory_format=layout)  # type: ignore[call-overload]
+    return moved.to(memory_format=training_layout(device))  # type: ignore[call-overload]
 
 
 def network_facts(
