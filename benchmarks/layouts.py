@@ -4,8 +4,8 @@
 
 Forward, loss and gradients of random images, both layouts taking turns in one process on one
 thread; medians of the process's own CPU time, so that other processes disturb little, and the range
-of the ratio. The first turn of each is not counted. `pathsegdiff.device.training_layout` chooses by what
-this shows.
+of the ratio. The first turn of each is not counted. `pathsegdiff.device.training_layout` chooses by
+what this shows.
 """
 
 import argparse

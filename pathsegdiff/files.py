@@ -55,6 +55,11 @@ def sync_below(root: Path, files: Iterable[Path]) -> None:
         sync(folder)
 
 
+def as_file_name(name: str) -> str:
+    """A name of any characters as one that every file system holds and that leads nowhere."""
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+
+
 def refuse_packed(path: Path) -> None:
     """Refuse a zip archive that unpacks to more than it is, before torch.load takes memory for it.
 

@@ -5,7 +5,7 @@ import zipfile
 import pytest
 
 from pathsegdiff import files
-from pathsegdiff.files import refuse_packed, replace_file
+from pathsegdiff.files import as_file_name, refuse_packed, replace_file
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
@@ -58,3 +58,16 @@ def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
         archive.writestr("data/0", bytes(1000))
     with pytest.raises(ValueError, match=r"compressed, which torch\.save never does"):
         refuse_packed(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("glas-tiny-t50.zarr", "glas-tiny-t50.zarr"),
+        ("../up/and\\away", ".._up_and_away"),
+        ("a b:c*d\n", "a_b_c_d_"),
+        ("Gewebeproben-Köln_1", "Gewebeproben-Köln_1"),
+    ],
+)
+def test_a_name_becomes_one_that_every_file_system_holds(name, expected):
+    assert as_file_name(name) == expected

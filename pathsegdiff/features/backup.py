@@ -16,6 +16,7 @@ from pathsegdiff.features.seal import sealed, unsealed
 from pathsegdiff.features.store import (
     BACKUP_KEY,
     MARKS_FOLDER,
+    MAX_TABLE_BYTES,
     SAMPLES_KEY,
     Checksum,
     FeatureStore,
@@ -27,8 +28,9 @@ from pathsegdiff.files import put_bytes
 
 #: Nothing else is ever put back: a key of a hostile store may lead elsewhere.
 _KEY = re.compile(r"(?:[a-z0-9_]+/)?zarr\.json|samples\.json")
-#: A copy above this is refused before it is read.
-_MAX_BYTES = 1 << 27
+#: A copy above this is refused before it is read. JSON within JSON has at most twice the bytes (the
+#: table is ASCII, quotes and line breaks take a second one); the zarr.json files are small.
+_MAX_BYTES = 3 * MAX_TABLE_BYTES
 
 
 def keep_copy(path: Path, keys: Iterable[str]) -> bool:

@@ -31,6 +31,7 @@ from pathsegdiff.features.claims import Claim
 from pathsegdiff.features.stage_one import PreparedRegion, RegionFeatures, StageOne, View
 from pathsegdiff.features.store import DatasetCard, FeatureStore, StoredSample, sample_bytes
 from pathsegdiff.features.writer import SampleArrays, StoreWriter
+from pathsegdiff.files import as_file_name
 from pathsegdiff.provenance import provenance
 
 logger = logging.getLogger(__name__)
@@ -94,10 +95,9 @@ class ExtractionPlan:
 
 
 def store_name(dataset: str, model: str, view: View) -> str:
-    """NAME-MODEL-tT[-null].zarr; a model's name comes from its bundle and must lead nowhere."""
+    """NAME-MODEL-tT[-null].zarr; the names come from a manifest and a bundle."""
     null = "-null" if view.conditioning == "none" else ""
-    model = model.replace("/", "_").replace("\\", "_")
-    return f"{dataset}-{model}-t{view.timestep}{null}.zarr"
+    return as_file_name(f"{dataset}-{model}-t{view.timestep}{null}.zarr")
 
 
 def extract_dataset(

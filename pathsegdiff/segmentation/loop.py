@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pathsegdiff.device import device_name
 from pathsegdiff.errors import DivergedError, RunError
 from pathsegdiff.evaluation.confusion import scores
-from pathsegdiff.files import replace_file
+from pathsegdiff.files import as_file_name, replace_file
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.locks import alone_in
 from pathsegdiff.segmentation.runs import (
@@ -451,7 +451,7 @@ def folder_name(name: str, settings: dict[str, Any], usual: dict[str, Any]) -> s
         if value == usual[field_name] or (value is None and field_name != "crop_px"):
             continue
         name += f"-{_SHORT_NAMES.get(field_name, field_name)}-{'none' if value is None else value}"
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    return as_file_name(name)
 
 
 def validation_scores(confusion: np.ndarray) -> Row:
