@@ -80,7 +80,8 @@ def verify(store: Path) -> None:
       psd cache verify features/demo-tiny-t50.zarr
     """
     from pathsegdiff.errors import StoreError
-    from pathsegdiff.features.store import FeatureStore
+    from pathsegdiff.features.backup import copy_is_older
+    from pathsegdiff.features.store import BACKUP_KEY, FeatureStore
     from pathsegdiff.features.verify import verify_store
 
     opened = FeatureStore.open(store)
@@ -102,6 +103,11 @@ def verify(store: Path) -> None:
     click.echo(f"{complete} complete samples, all whole: {store}")
     if complete < registered:
         click.echo(f"{registered - complete} more are listed but not complete; extract again")
+    if copy_is_older(opened):
+        click.echo(
+            f"{BACKUP_KEY} is older than the table of samples; `psd cache repair {store}`, or the "
+            "next extraction, renews it"
+        )
 
 
 @cache.command()

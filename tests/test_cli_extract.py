@@ -350,15 +350,19 @@ def test_marks_that_are_newer_than_the_table_are_taken_away(place, capsys):
     assert contents("s.zarr") == whole
 
 
-def test_a_copy_that_is_behind_still_mends_an_array(place, capsys):
+def test_a_copy_that_is_behind_is_named_and_still_mends_an_array(place, capsys):
     psd(capsys, *EXTRACT, "--out", "s.zarr", "--split", "train")
     older = (place / "s.zarr" / "backup.json").read_bytes()
     psd(capsys, *EXTRACT, "--out", "s.zarr")
     whole = contents("s.zarr")
     (place / "s.zarr" / "backup.json").write_bytes(older)
+    code, out, _ = psd(capsys, "cache", "verify", "s.zarr")
+    assert code == 0  # nothing is damaged
+    assert "backup.json is older than the table of samples; `psd cache repair s.zarr`" in out
     (place / "s.zarr" / "label" / "zarr.json").unlink()
     assert psd(capsys, "cache", "repair", "s.zarr")[0] == 0
     assert contents("s.zarr") == whole
+    assert "older" not in psd(capsys, "cache", "verify", "s.zarr")[1]
 
 
 @pytest.mark.parametrize("gone", [("zarr.json",), ("zarr.json", "backup.json")])

@@ -8,6 +8,7 @@ checksum of its own (``seal``).
 """
 
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,8 @@ _KEY = re.compile(r"(?:[a-z0-9_]+/)?zarr\.json|samples\.json")
 #: A copy above this is refused before it is read. JSON within JSON has at most twice the bytes (the
 #: table is ASCII, quotes and line breaks take a second one); the zarr.json files are small.
 _MAX_BYTES = 3 * MAX_TABLE_BYTES
+#: A copy may be behind while another process registers samples.
+_LOOKS, _BETWEEN_LOOKS_SECONDS = 3, 0.5
 
 
 def keep_copy(path: Path, keys: Iterable[str]) -> bool:
@@ -95,12 +98,29 @@ def put_back(path: Path) -> tuple[list[str], int]:
 
 
 def copy_problem(store: FeatureStore) -> str | None:
-    """What is wrong with a store's copy; None for a whole one."""
-    size = store.size(BACKUP_KEY)
-    if size is None:
+    """What is wrong with a store's copy; None for a whole one, be it older than the table."""
+    if store.size(BACKUP_KEY) is None:
         return "is missing"
-    whole = size <= _MAX_BYTES and _files(store.get(BACKUP_KEY)) is not None
-    return None if whole else "is damaged"
+    return "is damaged" if _kept(store) is None else None
+
+
+def copy_is_older(store: FeatureStore) -> bool:
+    """Whether a whole copy is older than the metadata, as after a registration that was broken off.
+
+    A writer renews the copy a moment after the table; one that stays behind was left so. The next
+    extraction renews it, and ``put_back`` mends with it all the same.
+    """
+    for _ in range(_LOOKS):
+        kept = _kept(store)
+        if kept is None or kept == {key: store.get(key) for key in kept}:
+            return False
+        time.sleep(_BETWEEN_LOOKS_SECONDS)
+    return True
+
+
+def _kept(store: FeatureStore) -> dict[str, bytes] | None:
+    size = store.size(BACKUP_KEY)
+    return None if size is None or size > _MAX_BYTES else _files(store.get(BACKUP_KEY))
 
 
 def _beyond_repair(path: Path, key: str) -> StoreError:
