@@ -11,6 +11,7 @@ from PIL import Image
 from pathsegdiff.data.image import read_label_image
 from pathsegdiff.errors import RunError, StoreError
 from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.segmentation import scoring
 from pathsegdiff.segmentation.evaluate import evaluate_run
 from pathsegdiff.segmentation.runs import load_run
 from pathsegdiff.segmentation.scoring import (
@@ -211,11 +212,36 @@ def test_dont_care_is_neither_predicted_nor_scored(tissue):
     assert evaluate_run(run, store).scores == found.scores
 
 
-def test_a_run_without_validation_keeps_every_object_and_says_so(store, tmp_path):
+def test_without_validation_the_smallest_object_is_chosen_on_training_images(
+    store, tmp_path, monkeypatch
+):
     train_small(store, tmp_path / "run", val="0", steps=2)
-    found = evaluate_run(load_run(tmp_path / "run"), store)
+    run = load_run(tmp_path / "run")
+    asked, seen = [], []
+
+    def choose(pairs, **settings):
+        asked.append([target for _, target in pairs])
+        return 71
+
+    monkeypatch.setattr(scoring, "choose_min_area", choose)
+    monkeypatch.setattr(scoring, "_TRAINING_LOOKED_AT", 4)
+    found = evaluate_run(run, store, progress=lambda *progress: seen.append(progress))
+    assert found.min_area_px == 71
+    trained = [s for s in store.samples("train") if s.sample_id in run.config.samples["train"]]
+    assert len(trained) == 6
+    for target, number in zip(asked[0], (0, 1, 3, 4), strict=True):
+        assert np.array_equal(target, store.instances(trained[number]))
+    assert any("was chosen on 4 training images" in note for note in found.notes)
+    assert [note for _, _, note in seen] == ["training: smallest object"] * 4 + ["test"] * 3
+    assert [(done, total) for done, total, _ in seen] == [(n, 7) for n in range(1, 8)]
+
+
+def test_a_store_of_the_scored_images_alone_keeps_every_object_and_says_so(store, tmp_path):
+    train_small(store, tmp_path / "run", val="0", steps=2)
+    alone = build_store(tmp_path / "alone.zarr", train=0)
+    found = evaluate_run(load_run(tmp_path / "run"), alone)
     assert found.min_area_px == 0
-    assert any("no validation images" in note for note in found.notes)
+    assert any("every object is kept" in note for note in found.notes)
 
 
 def test_the_held_out_fold_is_scored_by_default(store, tmp_path):
@@ -318,6 +344,6 @@ def test_the_smallest_object_is_chosen_without_keeping_the_validation_images(sto
             return found
 
     watched = Watched()
-    assert _choose_min_area(watched, store.card, store.samples(), 0, None) == 0
+    assert _choose_min_area(watched, store.card, store.samples(), "test", 0, None) == 0
     assert len(watched.given) == 9
     assert watched.most <= 2

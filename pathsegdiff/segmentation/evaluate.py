@@ -64,6 +64,7 @@ def evaluate_run(
     validation: tuple[StoredSample, ...] = ()
     if store.card.scheme.objects is not None:
         validation = _by_id(run, store, run.config.samples["val"])
+    trained_on = set(run.config.samples["train"])
     return score_samples(
         _HeadSegmenter(run, store),
         store.card,
@@ -71,6 +72,7 @@ def evaluate_run(
         part=part,
         samples=samples,
         validation=validation,
+        training=[sample for sample in store.samples() if sample.sample_id in trained_on],
         subtitle=(
             f"features of {store.model['name']} at t = {store.recipe.timestep}, run {run.path.name}"
         ),

@@ -45,8 +45,10 @@ PER_IMAGE_FILE = "per_image.csv"
 REPORT_FILE = "report.html"
 OVERLAYS_FOLDER = "overlays"
 PREDICTIONS_FOLDER = "predictions"
-#: Without validation images there is nothing to choose the smallest object on: keep every one.
+#: Where there is nothing to choose the smallest object on, every one is kept.
 _MIN_AREA_UNCHOSEN = 0
+#: Without validation images it is chosen on so many of the training images, evenly spaced.
+_TRAINING_LOOKED_AT = 20
 #: A pixel of this probability or more is a contour (Chen et al. 2016).
 _CONTOUR_FROM = 0.5
 #: Intervals from a handful of images mean little, and a reader must know.
@@ -123,6 +125,7 @@ def score_samples(
     part: str,
     samples: Sequence[StoredSample],
     validation: Sequence[StoredSample],
+    training: Sequence[StoredSample],
     subtitle: str,
     notes: Sequence[str],
     curves: Path,
@@ -139,6 +142,7 @@ def score_samples(
         samples: Of it, at least one.
         validation: The smallest predicted object that is kept is chosen on these; only where the
             data set counts objects.
+        training: Where there are none: on some of these, which the head has seen. May be empty.
         subtitle: Of the report, behind the number of images.
         notes: What a reader has to know; what is found here is added.
         curves: PNG of the training curves, if it is there.
@@ -148,11 +152,18 @@ def score_samples(
     scheme = card.scheme
     notes = list(notes)
     min_area = None
-    validation = validation if scheme.objects is not None else ()
+    chosen_on: Sequence[StoredSample] = ()
     if scheme.objects is not None:
-        min_area = _choose_min_area(segmenter, card, validation, len(samples), progress)
-        if not validation:
+        chosen_on = validation or _spread(training, _TRAINING_LOOKED_AT)
+        where = "validation" if validation else "training"
+        min_area = _choose_min_area(segmenter, card, chosen_on, where, len(samples), progress)
+        if not chosen_on:
             notes.append("no validation images: every object is kept, however small")
+        elif not validation:
+            notes.append(
+                "no validation images: the smallest object that is kept was chosen on "
+                f"{len(chosen_on)} training images"
+            )
 
     background = background_class(scheme.names)
     predictions = out / PREDICTIONS_FOLDER
@@ -191,7 +202,7 @@ def score_samples(
         save_mask(predictions / file.name, found.labels, scheme.colours)
         panels[sample.sample_id] = file
         if progress is not None:
-            progress(len(validation) + number + 1, len(validation) + len(samples), part)
+            progress(len(chosen_on) + number + 1, len(chosen_on) + len(samples), part)
 
     stacked = np.stack(confusions)
     pooled = scores(stacked.sum(axis=0))
@@ -330,14 +341,21 @@ def _score_objects(
     return image_object_scores(target, objects if found.contours is None else grow_objects(objects))
 
 
+def _spread(samples: Sequence[StoredSample], count: int) -> list[StoredSample]:
+    """At most ``count`` of the samples, evenly spaced."""
+    count = min(count, len(samples))
+    return [samples[number * len(samples) // count] for number in range(count)]
+
+
 def _choose_min_area(
     segmenter: Segmenter,
     card: DatasetCard,
     samples: Sequence[StoredSample],
+    part: str,
     evaluated: int,
     progress: Progress | None,
 ) -> int:
-    """The smallest object to keep, chosen on validation images."""
+    """The smallest object to keep, chosen on a part that is not scored."""
     if not samples:
         return _MIN_AREA_UNCHOSEN
     predictions = iter(segmenter.predictions(samples))
@@ -349,7 +367,7 @@ def _choose_min_area(
             height, width = target.shape
             yield _object_mask(card, found, (height, width)), target
             if progress is not None:
-                progress(number + 1, len(samples) + evaluated, "validation: smallest object")
+                progress(number + 1, len(samples) + evaluated, f"{part}: smallest object")
 
     return choose_min_area(pairs(), grown=first.contours is not None)
 

@@ -54,6 +54,7 @@ def score_baseline(
         part=part,
         samples=evaluated,
         validation=[known[name] for name in config.samples["val"]],
+        training=[known[name] for name in config.samples["train"] if name in known],
         subtitle=f"{config.network['title']}, run {path.name}",
         notes=[
             *notes,
