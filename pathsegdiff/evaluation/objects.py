@@ -30,7 +30,7 @@ from scipy import ndimage
 #: (Chen et al. 2016, https://arxiv.org/abs/1604.02677).
 DISK_RADIUS_PX = 3
 DISK = np.add.outer(*2 * [np.arange(-DISK_RADIUS_PX, DISK_RADIUS_PX + 1) ** 2]) <= DISK_RADIUS_PX**2
-MIN_AREA_CANDIDATES = (0, 50, 100, 200, 400, 800, 1600)
+MIN_AREA_CANDIDATES = (0, 50, 100, 200, 400, 800, 1600, 3200, 6400)
 
 # Columns of ``object_sums``; what a split's scores are made of, and a sum over images each.
 SUM_COLUMNS = (
