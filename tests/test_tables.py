@@ -23,7 +23,7 @@ from pathsegdiff.pipeline.tables.make import make_runs, missing_things
 from pathsegdiff.pipeline.tables.parameters import parameters_table
 from pathsegdiff.pipeline.tables.published import COLUMNS, MEAN, TABLES
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
-from pathsegdiff.pipeline.tables.write import collect, write
+from pathsegdiff.pipeline.tables.write import collect, title_of, write
 from tests.helpers_data import make_bcss
 from tests.helpers_stage_one import write_dataset
 
@@ -220,6 +220,13 @@ def test_objects_stand_beside_published_objects(folder, tmp_path, quick):
     assert f"CUMedVision2, by objects: Dice {objects['dice']:.3f} (published 0.868)" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| CUMedVision2 |")]
     assert "0.868" not in line  # no object's figure in a column of pixels
+
+
+def test_a_title_says_what_was_scored(tmp_path):
+    usual = settings_of(tmp_path, tmp_path, dataset_name="glas")
+    assert title_of(usual) == "Table 4: GlaS, glands on testB: ours and the published figures"
+    folded = title_of(replace(usual, folds=(0, 1)))
+    assert folded == "Table 4: held-out folds of glas, and the published figures"
 
 
 def test_table_3_is_of_single_classes_and_takes_the_runs_of_table_2(

@@ -109,11 +109,13 @@ def write(settings: TableSettings) -> str:
 
 
 def title_of(settings: TableSettings) -> str:
-    """For people; what is not on the paper's data set says so first."""
+    """For people; what is not on the paper's data set or split says so first."""
     table = TABLES[settings.table]
+    number = table.title.split(":", 1)[0]
+    if settings.dataset_name == table.dataset and settings.folds:
+        return f"{number}: held-out folds of {table.dataset}, and the published figures"
     if settings.dataset_name == table.dataset:
         return f"{table.title}: ours and the published figures"
-    number = table.title.split(":", 1)[0]
     return f"{number} on {settings.dataset_name}, not {table.dataset}: a stand-in"
 
 
