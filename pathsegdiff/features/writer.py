@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.buffer import Buffer
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
 from pathsegdiff.config import Recipe
 from pathsegdiff.errors import StoreError
@@ -240,7 +242,8 @@ class StoreWriter:
             for name in ("label", "image", "embedding")
         ]
         if arrays.instances is not None:
-            keys += self._write_instances(sample, arrays.instances)
+            for key, written in self._write_instances(sample, arrays.instances).items():
+                files[key] = checksum(written)
         for key in keys:
             content = self.store.get(key)
             if content is None:
@@ -301,19 +304,21 @@ class StoreWriter:
         self._row(name, sample, values)[sample.index] = values
         return row_key(name, sample.index, values.ndim)
 
-    def _write_instances(self, sample: StoredSample, instances: np.ndarray) -> list[str]:
-        name = f"instances/{sample.index}"
-        array = self._group.create_array(
-            name,
+    def _write_instances(self, sample: StoredSample, instances: np.ndarray) -> dict[str, bytes]:
+        """Write an array of its own, of the source's size; its files by key."""
+        files: dict[str, Buffer] = {}
+        array = zarr.create_array(
+            MemoryStore(files),
             shape=instances.shape,
             chunks=instances.shape,
             dtype="int32",
             compressors=[ZstdCodec(), Crc32cCodec()],
             config={"write_empty_chunks": True},
-            overwrite=True,
         )
         array[...] = instances
-        return [f"{name}/zarr.json", f"{name}/c/0/0"]
+        name = f"instances/{sample.index}"
+        _put_files(self.path / name, files)
+        return {f"{name}/{key}": content.to_bytes() for key, content in files.items()}
 
 
 def check_recipe(store: FeatureStore, recipe: Recipe) -> None:
@@ -389,7 +394,8 @@ def _create(
             "back, or choose another --out"
         )
     (path / SAMPLES_KEY).unlink(missing_ok=True)  # no sample of it was ever finished
-    group = zarr.create_group(str(path / ".new"), zarr_format=3, overwrite=True)
+    files: dict[str, Buffer] = {}
+    group = zarr.create_group(MemoryStore(files), zarr_format=3)
     by_name = {level.name: level for level in levels}
     side = card.rule.region_px // card.rule.patch_px
     shapes = array_shapes(by_name, tokens, card.rule, model, recipe.dtype)
@@ -426,6 +432,9 @@ def _create(
         "provenance": provenance,
     }
     made = path / ".new"
+    if made.exists():  # of a making that was interrupted
+        shutil.rmtree(made)
+    _put_files(made, files)
     keep_copy(made, [str(file.relative_to(made).as_posix()) for file in made.rglob("zarr.json")])
     sync_below(made, [file for file in made.rglob("*") if file.is_file()])
     # The group's own zarr.json comes last: a folder without it is a store that was never finished.
@@ -501,7 +510,17 @@ def open_existing(path: str | Path) -> StoreWriter:
     return StoreWriter(Path(path), open_group(path, "r+"))
 
 
-def _put_unsynced(path: Path, content: bytearray) -> None:
+def _put_files(folder: Path, files: dict[str, Buffer]) -> None:
+    """Write what zarr made in memory.
+
+    Left to itself zarr writes an array and the groups above it all at once, and where one of these
+    writes fails the errors of the others are printed as tracebacks.
+    """
+    for key, content in files.items():
+        _put_unsynced(folder / key, content.to_bytes())
+
+
+def _put_unsynced(path: Path, content: bytes | bytearray) -> None:
     """Write a file; it counts once it is synced and a mark lists it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
