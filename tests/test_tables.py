@@ -96,7 +96,11 @@ def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path,
     assert found["HIPT"].mean("miou") == metrics["miou"]
     assert found["HIPT"].difference("miou") == pytest.approx(metrics["miou"] - 0.591)
     assert found["MedSegDiff"].mean("miou") is None
-    assert "| MedSegDiff |  |  |  |  |  | 0.778 |  | 0.852 |  |  |  | published only |" in text
+    assert "| MedSegDiff |  |  |  |  |  | 0.778 |  | 0.852 |  |  |  |  | published only |" in text
+    seconds = json.loads((out / "runs/tokens-seed0/result.json").read_text())["seconds"]
+    (line,) = (line for line in text.splitlines() if line.startswith("| HIPT |"))
+    assert f" {seconds / 60:.1f} | 1 of 1 |" in line
+    assert "Minutes of training are of one run, its mean, on cpu (" in text
     assert "not on glas: they do not compare" in text
     with (out / "table.csv").open(newline="") as file:
         assert len(list(csv.reader(file))) == 9
@@ -104,6 +108,16 @@ def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path,
     assert 'href="runs/conditioned-seed0/eval-test/report.html"' in page
     assert "data:image/png;base64," in page
     assert (out / "plot.png").stat().st_size > 5000
+
+    for name in ("result.json", "eval-test/metrics.json", "config.json"):
+        file = out / "runs/tokens-seed0" / name
+        whole = file.read_bytes()
+        for damaged in (whole[:-40], b"[]", b"{}"):
+            file.write_bytes(damaged)
+            with pytest.raises(RunError, match=r"tokens-seed0 is damaged .*; delete it and make"):
+                write(settings)
+        file.write_bytes(whole)
+    assert write(settings) == text
 
 
 def test_folds_and_few_images_are_lines_and_runs_of_their_own(folder, tmp_path, quick):

@@ -20,7 +20,7 @@ from pathsegdiff.diffusion.bundle import init_bundle, load_bundle, read_card, re
 from pathsegdiff.errors import BundleError, DataError, RunError
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.pipeline.tables.rows import ROWS, Job, TableSettings, check_rows
-from pathsegdiff.segmentation.runs import write_json
+from pathsegdiff.segmentation.runs import RESULT_FILE, write_json
 
 Log = Callable[[str], None]
 _PAPERS_WEIGHTS = (
@@ -189,7 +189,7 @@ def make_runs(settings: TableSettings, *, jobs: int, threads: int | None, log: L
 
 def is_finished(settings: TableSettings, job: Job) -> bool:
     """Whether a run was trained to its end and scored."""
-    result = settings.run(job) / "result.json"
+    result = settings.run(job) / RESULT_FILE
     return result.exists() and settings.metrics(job).exists()
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pathsegdiff.errors import RunError
+from pathsegdiff.errors import MALFORMED, RunError
 from pathsegdiff.evaluation.compare import Scored, compare, join, read_scored
 from pathsegdiff.evaluation.intervals import pixel_intervals
 from pathsegdiff.files import replace_file
@@ -20,6 +20,7 @@ from pathsegdiff.pipeline.tables.make import is_finished
 from pathsegdiff.pipeline.tables.plots import TableRow, draw_few_labels, draw_rows
 from pathsegdiff.pipeline.tables.published import TABLES
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
+from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE
 from pathsegdiff.segmentation.splits import source_of_window
 
 FEW_LABELS = "few_labels.png"
@@ -141,6 +142,12 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
             "ones of the official split; figures are the mean over the folds, intervals and paired "
             "differences of all folds' images together."
         )
+    devices = sorted({run["device"] for row in rows for run in row.runs})
+    if devices:
+        notes.append(
+            f"Minutes of training are of one run, its mean, on {' or '.join(devices)}; without "
+            "extraction, which is done once for all rows of features."
+        )
     incomplete = [row.title for row in rows if len(row.runs) < row.planned]
     if incomplete:
         notes.append(f"Incomplete (runs are missing): {', '.join(incomplete)}.")
@@ -189,16 +196,33 @@ def _objects_note(row: TableRow) -> str:
 
 
 def _read_run(settings: TableSettings, job: Job) -> dict[str, Any]:
-    """The metrics of a finished run, and how many images it was trained on."""
-    file = settings.metrics(job)
-    found = json.loads(file.read_text(encoding="utf-8"))
-    config = json.loads((settings.run(job) / "config.json").read_text(encoding="utf-8"))
-    return {
-        **found,
-        "training_images": _images(config),
-        "path": str(file),
-        "seed": job.seed,
-    }
+    """The metrics of a finished run, on how many images it was trained, and how long.
+
+    Raises:
+        RunError: If one of its files is damaged.
+    """
+    file, run = settings.metrics(job), settings.run(job)
+    try:
+        found, config, result = (
+            json.loads(part.read_text(encoding="utf-8"))
+            for part in (file, run / CONFIG_FILE, run / RESULT_FILE)
+        )
+        for table in TABLES.values():  # what is not there shall be missed here
+            columns_of(table, same_dataset=False, metrics=[found]).figures(found)
+        return {
+            **found,
+            "intervals": dict(found["intervals"]),
+            "training_images": _images(config),
+            "training_minutes": float(result["seconds"]) / 60,
+            "device": str(result["device"]),
+            "path": str(file),
+            "seed": job.seed,
+        }
+    except MALFORMED as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(
+            f"{run} is damaged ({reason:.300}); delete it and make the table again"
+        ) from None
 
 
 def _images(config: dict[str, Any]) -> int:
@@ -223,6 +247,7 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
             "mIoU less PathSegDiff's here (paired 95 % interval)",
             f"{plotted}, lowest to highest run",
             f"{plotted}, 95 % interval over images",
+            "minutes of training",
             "runs",
         ]
     ]
@@ -244,6 +269,7 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
                 *([] if other else [_signed(row.difference(columns.plotted))]),
                 _less_ours(row, ours),
                 *_spread(row, columns.plotted),
+                _minutes(row),
                 _complete(row),
             ]
         )
@@ -282,6 +308,12 @@ def _spread(row: TableRow, column: str) -> list[str]:
             low, high = found.low, found.high
         between = f"{low:.3f} to {high:.3f}"
     return [f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "", between]
+
+
+def _minutes(row: TableRow) -> str:
+    """Of one run, on average."""
+    found = [run["training_minutes"] for run in row.runs]
+    return f"{statistics.mean(found):.1f}" if found else ""
 
 
 def _complete(row: TableRow) -> str:
