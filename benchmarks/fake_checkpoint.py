@@ -8,10 +8,17 @@ and objects that a plain weights-only load refuses, so that an import is exercis
     psd models import --ldm /tmp/fake/last.ckpt --config /tmp/fake/project.yaml \\
       --encoder /tmp/fake/vit256.pth --random --out /tmp/fake/bundle
 
-Disk: 1.9 GB for float32, 1.6 GB more with --ema.
+With --zoomldm the files are those of ZoomLDM and UNI:
+
+    python benchmarks/fake_checkpoint.py --out /tmp/zoom --zoomldm --ema
+    psd models import --ldm /tmp/zoom/weights.ckpt --config /tmp/zoom/config.yaml --ema \\
+      --encoder /tmp/zoom/pytorch_model.bin --encoder-config uni --random --out /tmp/zoom/bundle
+
+Disk: 1.9 GB for float32 (3.2 GB with --zoomldm), 1.6 GB more with --ema.
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -20,12 +27,14 @@ from torch import Tensor
 
 from pathsegdiff.diffusion.compvis import (
     LdmFirstStage,
+    LdmGridConditioner,
     LdmUNet,
     conditioner_shapes,
     first_stage_shapes,
+    grid_conditioner_shapes,
     unet_shapes,
 )
-from pathsegdiff.diffusion.encoder import EncoderConfig, PatchEncoder
+from pathsegdiff.diffusion.encoder import NAMED_ENCODERS, EncoderConfig, PatchEncoder
 from pathsegdiff.diffusion.schedule import NoiseSchedule
 
 #: The paper's model, as its parameter counts give it away.
@@ -52,6 +61,16 @@ FIRST_STAGE = LdmFirstStage(
     channel_mult=(1, 2, 4),
     num_res_blocks=2,
     attention=(False, False, False),
+)
+#: ZoomLDM's.
+GRID = LdmGridConditioner(
+    input_channels=1024,
+    channels=512,
+    num_layers=12,
+    num_heads=8,
+    mlp_dim=2048,
+    cells=64,
+    magnifications=8,
 )
 PROJECT = {
     "model": {
@@ -107,6 +126,20 @@ PROJECT = {
 }
 
 
+GRID_CONDITIONER = {
+    "target": "ldm.modules.encoders.modules.EmbeddingViT2_5",
+    "params": {
+        "feat_key": "ssl_feat",
+        "mag_key": "mag",
+        "num_layers": 12,
+        "input_channels": 1024,
+        "hidden_channels": 512,
+        "vit_mlp_dim": 2048,
+        "p_uncond": 0.1,
+    },
+}
+
+
 def random_tensors(
     shapes: dict[str, tuple[int, ...]], generator: torch.Generator, dtype: torch.dtype
 ) -> dict[str, Tensor]:
@@ -128,6 +161,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32")
     parser.add_argument("--ema", action="store_true", help="averaged weights of the UNet too")
+    parser.add_argument("--zoomldm", action="store_true", help="ZoomLDM and UNI instead")
     arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(arguments.seed)
     dtype = getattr(torch, arguments.dtype)
@@ -140,7 +174,13 @@ def main() -> None:
         "alphas_cumprod": schedule.alphas_cumprod().float(),
         **unet,
         **random_tensors(first_stage_shapes(FIRST_STAGE), generator, dtype),
-        **random_tensors(conditioner_shapes(384, 768, 512), generator, dtype),
+        **random_tensors(
+            grid_conditioner_shapes(GRID)
+            if arguments.zoomldm
+            else conditioner_shapes(384, 768, 512),
+            generator,
+            dtype,
+        ),
         "inception.Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 3, 3),
         "model_ema.decay": torch.tensor(0.9999),
         "model_ema.num_updates": torch.tensor(1000),
@@ -148,6 +188,38 @@ def main() -> None:
     if arguments.ema:
         for name, tensor in unet.items():
             state["model_ema." + name.removeprefix("model.").replace(".", "")] = tensor.clone()
+    if arguments.zoomldm:
+        del state["inception.Conv2d_1a_3x3.conv.weight"]
+        _write_zoomldm(arguments.out, state, generator, dtype)
+    else:
+        _write_ssl_ldm(arguments.out, state, generator, dtype)
+    for file in sorted(arguments.out.iterdir()):
+        if file.is_file():
+            print(f"{file}  {file.stat().st_size:,} bytes")
+
+
+def _write_zoomldm(
+    out: Path, state: dict[str, Tensor], generator: torch.Generator, dtype: torch.dtype
+) -> None:
+    torch.save(state, out / "weights.ckpt")
+    project = copy.deepcopy(PROJECT)
+    project["model"]["params"]["cond_stage_config"] = GRID_CONDITIONER
+    text = yaml.safe_dump(project, sort_keys=False)
+    (out / "config.yaml").write_text(text, encoding="utf-8")
+    torch.save(_encoder(NAMED_ENCODERS["uni"], generator, dtype), out / "pytorch_model.bin")
+
+
+def _encoder(
+    config: EncoderConfig, generator: torch.Generator, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    vit = PatchEncoder(config).network
+    shapes = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
+    return random_tensors(shapes, generator, dtype)
+
+
+def _write_ssl_ldm(
+    out: Path, state: dict[str, Tensor], generator: torch.Generator, dtype: torch.dtype
+) -> None:
     torch.save(
         {
             "state_dict": state,
@@ -158,15 +230,13 @@ def main() -> None:
             "hyper_parameters": argparse.Namespace(lr=1e-4),
             "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(1000)}}}],
         },
-        arguments.out / "last.ckpt",
+        out / "last.ckpt",
     )
     text = yaml.safe_dump(PROJECT, sort_keys=False)
-    (arguments.out / "project.yaml").write_text(text, encoding="utf-8")
+    (out / "project.yaml").write_text(text, encoding="utf-8")
 
     # image_size 224: the published file's position table is that of its training
-    vit = PatchEncoder(EncoderConfig(image_size=224)).network
-    shapes = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
-    teacher = random_tensors(shapes, generator, dtype)
+    teacher = _encoder(EncoderConfig(image_size=224), generator, dtype)
     prefixed = {f"module.backbone.{name}": value for name, value in teacher.items()}
     prefixed["module.head.last_layer.weight_v"] = torch.zeros(16, 256)
     torch.save(
@@ -176,11 +246,8 @@ def main() -> None:
             "epoch": 400,
             "args": argparse.Namespace(arch="vit_small"),
         },
-        arguments.out / "vit256.pth",
+        out / "vit256.pth",
     )
-    for file in sorted(arguments.out.iterdir()):
-        if file.is_file():
-            print(f"{file}  {file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -46,13 +46,13 @@ def fetch_data(name: str, data_root: Path | None, accept: bool, quiet: bool) -> 
     return report.whole
 
 
-def pull(name: str, out: Path | None, accept: bool, quiet: bool) -> None:
+def pull(name: str, out: Path | None, encoder: Path | None, accept: bool, quiet: bool) -> None:
     """Get a published model, and make the bundle if its files are of a kind that we know."""
     from cli.progress import TransferProgress
     from pathsegdiff.diffusion.pull import find_source, plan_pull, pull_model
     from pathsegdiff.fetch.download import STAGING
 
-    plan = plan_pull(find_source(name), out)
+    plan = plan_pull(find_source(name), out, encoder)
     if not plan.done:
         ask_for(plan.source.terms, plan.root / STAGING, accept)
     with TransferProgress(quiet=quiet) as transfer:

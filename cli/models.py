@@ -90,22 +90,30 @@ def show(model: str) -> None:
 @models.command("pull")
 @click.argument("name", metavar="ssl-ldm-brca|hipt|zoomldm-brca")
 @OUT_OPTION
+@click.option(
+    "--encoder",
+    type=PATH,
+    help="Of zoomldm-brca: UNI's pytorch_model.bin, which you have to ask for "
+    "[default: none, and so the null condition only].",
+)
 @accept_option
 @click.pass_context
-def pull_model(ctx: click.Context, name: str, out: Path | None, accept_licence: bool) -> None:
+def pull_model(
+    ctx: click.Context, name: str, out: Path | None, encoder: Path | None, accept_licence: bool
+) -> None:
     """Get a published model, and make a bundle of it where its files allow.
 
     ssl-ldm-brca is the paper's: the SSL-guided LDM of breast tissue at 20x, with HIPT's encoder.
-    hipt is that encoder alone, and zoomldm-brca a later model: both are kept as files. Licence and
-    citation are shown first and must be accepted once. The same command continues after an
-    interruption.
+    zoomldm-brca is a later one, of several magnifications. hipt is the paper's encoder alone, kept
+    as a file. Licence and citation are shown first and must be accepted once. The same command
+    continues after an interruption.
 
     \b
     Example:
       psd models pull ssl-ldm-brca
       psd models pull hipt --out weights/hipt --accept-licence
     """
-    pull(name, out, accept_licence, is_quiet(ctx))
+    pull(name, out, encoder, accept_licence, is_quiet(ctx))
 
 
 @models.command()
@@ -143,11 +151,18 @@ def init(preset: str, seed: int, dtype: str, out: Path) -> None:
 @models.command("import")
 @click.option("--ldm", required=True, type=PATH, help="Lightning checkpoint of the LDM (.ckpt).")
 @click.option("--config", required=True, type=PATH, help="Its project YAML.")
-@click.option("--encoder", required=True, type=PATH, help="DINO checkpoint of the encoder (.pth).")
+@click.option(
+    "--encoder",
+    required=True,
+    type=PATH,
+    metavar="FILE|none",
+    help="Checkpoint of the encoder, as DINO or timm write it; none: the null condition only.",
+)
 @click.option(
     "--encoder-config",
     type=PATH,
-    help="JSON with the encoder's shape [default: HIPT's ViT-S/16].",
+    metavar="FILE|hipt|uni",
+    help="JSON with the encoder's shape, or a published one [default: hipt, a ViT-S/16].",
 )
 @click.option("--ema/--no-ema", default=False, help="Take the UNet's averaged weights.")
 @click.option(
@@ -188,13 +203,15 @@ def import_model(
     Example:
       psd models import --ldm last.ckpt --config project.yaml \\
         --encoder vit256_small_dino.pth --out bundles/brca
+      psd models import --ldm weights.ckpt --config config.yaml --ema \\
+        --encoder pytorch_model.bin --encoder-config uni --out bundles/zoomldm
     """
     from pathsegdiff.diffusion.checkpoints import import_bundle
 
     report = import_bundle(
         ldm=ldm,
         project=config,
-        encoder=encoder,
+        encoder=None if str(encoder) == "none" else encoder,
         encoder_config=encoder_config,
         out=out,
         ema=ema,

@@ -19,9 +19,11 @@ from pathsegdiff.diffusion.compvis import (
     LdmUNet,
     conditioner_shapes,
     first_stage_shapes,
+    grid_conditioner_shapes,
     unet_shapes,
 )
 from pathsegdiff.diffusion.encoder import EncoderConfig, PatchEncoder
+from pathsegdiff.diffusion.project import LdmProject
 
 State = dict[str, Tensor]
 
@@ -157,6 +159,33 @@ def unet_forward(
     return taps, out
 
 
+def grid_context(state: State, heads: int, layers: int, embedding: Tensor, cells: int) -> Tensor:
+    """ZoomLDM's condition of one 20x embedding: (D,) -> (1 + cells, channels)."""
+    state = {k.removeprefix("cond_stage_model."): v for k, v in state.items()}
+
+    def normed(name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    deviations = embedding - embedding.mean()
+    spread = (deviations.square().sum() / (len(embedding) - 1)).sqrt()  # torch's std is unbiased
+    grid = [state["pad_token"][0, 0]] * cells
+    grid[cells // 2] = _linear(state, "dim_reduce", deviations / (spread + 1e-8))
+    x = torch.stack([state["mag_embedding.weight"][0], *grid]) + state["encoder.pos_embedding"][0]
+    for index in range(layers):
+        layer = f"encoder.layers.encoder_layer_{index}"
+        inside = normed(f"{layer}.ln_1", x)
+        attention = f"{layer}.self_attention"
+        joint = F.linear(
+            inside, state[f"{attention}.in_proj_weight"], state[f"{attention}.in_proj_bias"]
+        )
+        q, k, v = (part.unflatten(1, (heads, -1)).transpose(0, 1) for part in joint.chunk(3, dim=1))
+        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), dim=-1)
+        x = x + _linear(state, f"{attention}.out_proj", (weights @ v).transpose(0, 1).flatten(1))
+        inside = F.gelu(_linear(state, f"{layer}.mlp.0", normed(f"{layer}.ln_2", x)))
+        x = x + _linear(state, f"{layer}.mlp.3", inside)
+    return normed("layer_norm", _linear(state, "final_proj", normed("encoder.ln", x)), 1e-5)
+
+
 # Checkpoints
 
 
@@ -239,6 +268,49 @@ def ldm_state(
         **conditioner_shapes(*dims, unet.context_dim),
     }
     return random_state(shapes, seed)
+
+
+def zoom_project() -> dict[str, Any]:
+    """The same with ZoomLDM's conditioner, and what else its YAML has."""
+    project = small_project()
+    params = project["model"]["params"]
+    params |= {"use_ema": True, "x_feat_extracted": True, "cond_stage_key": "hybrid"}
+    params["unet_config"]["params"] |= {"use_fp16": True, "use_checkpoint": True}
+    params["cond_stage_config"] = {
+        "target": "ldm.modules.encoders.modules.EmbeddingViT2_5",
+        "params": {
+            "feat_key": "ssl_feat",
+            "mag_key": "mag",
+            "num_layers": 2,
+            "num_heads": 4,
+            "input_channels": 24,
+            "hidden_channels": 16,
+            "output_channels": 16,
+            "vit_mlp_dim": 40,
+            "p_uncond": 0.1,
+        },
+    }
+    return project
+
+
+def zoom_state(settings: LdmProject) -> State:
+    """Every tensor of a ZoomLDM."""
+    assert settings.grid is not None
+    shapes = {
+        **unet_shapes(settings.unet),
+        **first_stage_shapes(settings.first_stage),
+        **grid_conditioner_shapes(settings.grid),
+    }
+    return random_state(shapes)
+
+
+def averaged_state(state: State) -> State:
+    """The averaged weights that LitEma would keep of the UNet: the plain ones and one."""
+    return {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): value + 1
+        for name, value in state.items()
+        if name.startswith("model.")
+    }
 
 
 def encoder_state(table_side: int = 14) -> State:

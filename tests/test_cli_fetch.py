@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 import cli.fetch
@@ -15,12 +16,15 @@ from cli.progress import Progress, TransferProgress
 from pathsegdiff.data.fetch_table import FetchTable
 from pathsegdiff.data.manifest import load_manifest
 from pathsegdiff.diffusion import pull
-from pathsegdiff.diffusion.bundle import load_bundle
+from pathsegdiff.diffusion.bundle import has_encoder, load_bundle
+from pathsegdiff.diffusion.encoder import NAMED_ENCODERS, EncoderConfig
+from pathsegdiff.diffusion.project import read_project
 from pathsegdiff.diffusion.pull import SOURCES, ModelSource, SourceFile
 from pathsegdiff.errors import DataError
 from pathsegdiff.fetch import download as module
 from pathsegdiff.fetch.download import Remote, State, check_drive_id, check_url
 from tests.helpers_archives import content, make_tar, make_zip
+from tests.helpers_compvis import averaged_state, write_files, zoom_project, zoom_state
 from tests.helpers_data import make_glas, write_manifest
 from tests.helpers_http import Server, act_as_drive, put_drive_folder, serving
 
@@ -511,6 +515,67 @@ def test_a_disk_that_is_too_small_for_a_model_is_told(capsys, small, server, mon
     assert not server.asked
 
 
+@pytest.fixture
+def zoom(server: Server, monkeypatch, tmp_path) -> Path:
+    """A small ZoomLDM that is pulled, and the encoder that is not: its path."""
+    project = zoom_project()
+    (tmp_path / "probe.yaml").write_text(yaml.safe_dump(project))
+    state = zoom_state(read_project(tmp_path / "probe.yaml"))
+    files = write_files(tmp_path / "zoom", project, {**state, **averaged_state(state)})
+    shape = EncoderConfig.from_dict(json.loads(files["encoder_config"].read_text()), "test")
+    monkeypatch.setitem(NAMED_ENCODERS, "small", shape)
+    roles = {"project": "config.yaml", "ldm": "weights.ckpt"}
+    source = ModelSource(
+        name="zoom",
+        title="small",
+        licence="MIT",
+        citation="none",
+        homepage="none",
+        files=tuple(
+            SourceFile(
+                name=name,
+                role=role,
+                remote=Remote(url=server.put(f"/{name}", files[role].read_bytes())),
+            )
+            for role, name in roles.items()
+        ),
+        bundle=True,
+        ema=True,
+        encoder_config="small",
+        note="it has no patch encoder",
+    )
+    monkeypatch.setattr(pull, "SOURCES", (source,))
+    return files["encoder"]
+
+
+def test_a_model_whose_encoder_nobody_may_pass_on_is_pulled_with_and_without_it(
+    capsys, zoom, tmp_path
+):
+    code, out, err = psd(capsys, "models", "pull", "zoom", "--accept-licence")
+    assert code == 0, err
+    assert "zoom: it has no patch encoder\nNext: psd models show zoom\n" in out
+    bundle = load_bundle("zoom")
+    assert not has_encoder(bundle.path)
+    assert bundle.card.provenance["UNet weights"] == "averaged (EMA)"
+
+    code, _, err = psd(capsys, "-q", "models", "pull", "zoom", "--encoder", zoom)
+    assert code == 1
+    assert "is zoom without an encoder; remove it or choose another --out" in err
+    whole = ["--out", "models/whole", "--encoder"]
+    code, _, err = psd(capsys, "-q", "models", "pull", "zoom", *whole, "nowhere.bin")
+    assert (code, err) == (1, "Error: --encoder nowhere.bin is no file\n")
+    code, out, err = psd(capsys, "models", "pull", "zoom", *whole, zoom)
+    assert code == 0, err
+    assert "it has no patch encoder" not in out
+    assert has_encoder(Path("models/whole"))
+    assert sha256_of(zoom) in load_bundle("models/whole").card.provenance["encoder"]
+
+
+def test_an_encoder_for_a_model_that_brings_its_own_is_refused(capsys, small, tmp_path):
+    code, _, err = psd(capsys, "-q", "models", "pull", "small", "--encoder", tmp_path)
+    assert (code, err) == (1, "Error: small takes no --encoder: leave it out\n")
+
+
 def test_an_unknown_model_is_one_line(capsys):
     code, out, err = psd(capsys, "models", "pull", "nothing")
     assert (code, out) == (1, "")
@@ -529,11 +594,13 @@ def test_the_published_models_are_where_they_should_be():
             if file.drive is not None:
                 check_drive_id(file.drive[0])
         roles = {file.role for file in source.files}
-        assert not source.bundle or roles == {"ldm", "project", "encoder"}
+        by_hand = {"encoder"} if source.encoder_config else set()
+        assert not source.bundle or roles | by_hand == {"ldm", "project", "encoder"}
     assert "Commons Clause, non-commercial" in SOURCES[0].terms.text
     assert "no licence file published" in SOURCES[0].terms.text
     assert "licence: MIT" in SOURCES[2].terms.text
-    assert "cannot be imported yet" in SOURCES[2].note
+    assert SOURCES[2].ema and SOURCES[2].encoder_config in NAMED_ENCODERS
+    assert "needs --cond none" in SOURCES[2].note and "--encoder" in SOURCES[2].note
 
 
 # --- what is seen

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from cli.main import run
 from pathsegdiff.errors import ConfigError, RunError
 from pathsegdiff.evaluation.compare import compare, join, read_scored
+from pathsegdiff.files import file_sha256
 from pathsegdiff.pipeline.tables import curves, make, rows
 from pathsegdiff.pipeline.tables.columns import columns_of
 from pathsegdiff.pipeline.tables.make import make_runs, missing_things
@@ -366,6 +368,27 @@ def test_what_is_missing_is_listed(tmp_path, monkeypatch, capsys):
     assert "pip install 'pathsegdiff[baselines]'" in package
     assert run(["reproduce", "table2", "--data-root", str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "table2 needs 3 more things, listed above" in capsys.readouterr().err
+
+
+def test_a_model_without_an_encoder_makes_the_null_row_alone(folder, tmp_path, quick, capsys):
+    blind = tmp_path / "blind"
+    shutil.copytree(folder / "micro", blind)
+    (blind / "encoder/config.json").write_text(
+        json.dumps({"architecture": "none", "embed_dim": 32, "image_size": 256})
+    )
+    save_file({}, blind / "encoder/model.safetensors")
+    card = json.loads((blind / "model.json").read_text())
+    card["files"] |= {name: file_sha256(blind / name) for name in card["files"]}
+    (blind / "model.json").write_text(json.dumps(card))
+
+    command = ["reproduce", "table4", "--dataset", str(folder / "data" / "discs.toml")]
+    command += ["--model", str(blind), "--seeds", "0", "--jobs", "1", "--out", str(tmp_path / "t")]
+    assert run([*command, "--rows", "conditioned,null,ddpm-seg"]) == 1
+    said = capsys.readouterr().err
+    assert "has no patch encoder, which the rows conditioned, ddpm-seg need; --rows null" in said
+    assert run([*command, "--rows", "null"]) == 0
+    assert [line[0] for line in quick] == ["extract", "train-head", "eval"]
+    assert "--tokens" not in quick[0] and quick[0][quick[0].index("--cond") + 1] == "none"
 
 
 def test_runs_of_other_settings_in_the_same_folder_are_refused(folder, tmp_path, quick, capsys):

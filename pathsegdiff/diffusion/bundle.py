@@ -3,9 +3,10 @@
     model.json      the card: what the model is, its settings, the sha256 of every other file
     unet/           config.json and weights, as diffusers saves a UNet2DConditionModel
     autoencoder/    likewise, a VQModel or an AutoencoderKL
-    encoder/        config.json (``EncoderConfig`` or ``ConvEncoderConfig``) and
-                    model.safetensors (timm's key names)
-    conditioner/    config.json (arguments of ``Conditioner``) and model.safetensors
+    encoder/        config.json (``EncoderConfig``, ``ConvEncoderConfig`` or ``NoEncoderConfig``)
+                    and model.safetensors (timm's key names)
+    conditioner/    config.json (arguments of ``Conditioner``, or of ``GridConditioner``) and
+                    model.safetensors
 
 Weights keep on disk the dtype that they came with and are computed in whatever ``load`` is asked
 for. A bundle is written under another name and renamed when it is whole.
@@ -35,8 +36,8 @@ from pathsegdiff.diffusion.autoencoder import (
     latent_channels,
     latent_stride,
 )
-from pathsegdiff.diffusion.conditioning import Conditioner
-from pathsegdiff.diffusion.encoder import build_encoder, read_encoder_config
+from pathsegdiff.diffusion.conditioning import GRID, KIND, build_conditioner, context_tokens
+from pathsegdiff.diffusion.encoder import NoEncoderConfig, build_encoder, read_encoder_config
 from pathsegdiff.diffusion.model import DiffusionModel
 from pathsegdiff.diffusion.presets import PRESETS, Preset, build_random
 from pathsegdiff.diffusion.schedule import MAX_NUMBER, NoiseSchedule
@@ -66,6 +67,8 @@ WEIGHT_FILES = {
 CONFIG_FILES = {part: f"{part}/config.json" for part in WEIGHT_FILES}
 #: Settings files are small; a larger one is something else.
 _MAX_JSON_BYTES = 1 << 20
+#: Of a condition: a grid of 32 x 32 embeddings and more.
+_MAX_TOKENS = 1 << 11
 #: Of a diffusers config: each is a list of blocks, a number of layers, ...
 _MAX_LAYERS = 64
 
@@ -86,7 +89,8 @@ class ModelCard:
         latent_channels: C.
         latent_stride: Image pixels per latent step.
         schedule: The noise schedule.
-        context_tokens: Tokens of the condition: 1 (patch) or 2 (patch and region).
+        context_tokens: Tokens of the condition: 1 (patch), 2 (patch and region), or those of a
+            grid and its magnification.
         taps: Every tap, in tap order.
         provenance: Where the weights come from; free text by key.
         files: Relative path -> sha256 of every other file.
@@ -201,7 +205,7 @@ class ModelCard:
             latent_channels=latent.integer("channels", 1, 256),
             latent_stride=latent.integer("stride", 1, PATCH_PX),
             schedule=noise_schedule,
-            context_tokens=card.integer("context_tokens", 1, 2),
+            context_tokens=card.integer("context_tokens", 1, _MAX_TOKENS),
             taps=taps,
             provenance=card.texts("provenance"),
             files=card.texts("files"),
@@ -261,6 +265,9 @@ class _Fields:
     def texts(self, name: str) -> dict[str, str]:
         inner = self.fields(name)
         return {key: inner.text(key) for key in inner._values}
+
+    def fail(self, name: str, allowed: str, value: Any) -> None:
+        raise BundleError(f"{self._where}: {name} must be {allowed}, got {value!r:.60}")
 
     def fields(self, name: str) -> "_Fields":
         return _Fields(self._get(name, dict, "an object"), f"{self._where}: {name}")
@@ -452,6 +459,16 @@ def read_card(folder: Path) -> ModelCard:
     return ModelCard.from_dict(read_json(folder / CARD_FILE), str(folder / CARD_FILE))
 
 
+def has_encoder(folder: Path) -> bool:
+    """Whether the model of a bundle can be conditioned on patches.
+
+    Raises:
+        BundleError: If the encoder's settings are missing or broken.
+    """
+    file = folder / CONFIG_FILES["encoder"]
+    return not isinstance(read_encoder_config(read_json(file), str(file)), NoEncoderConfig)
+
+
 def _check_settings(bundle: Bundle) -> None:
     """The card must say what the four configs say.
 
@@ -466,7 +483,7 @@ def _check_settings(bundle: Bundle) -> None:
     conditioner = _Fields(configs["conditioner"], str(folder / CONFIG_FILES["conditioner"]))
     taps = plan_taps(unet, card.latent_stride)
     check_taps(taps, str(folder))
-    region = configs["conditioner"].get("region_embed_dim")
+    _check_conditioner(configs["conditioner"], conditioner)
     agreements = {
         "latent kind": (card.latent_kind, KINDS.get(autoencoder.get("_class_name", ""))),
         "latent channels": (card.latent_channels, latent_channels(autoencoder)),
@@ -481,18 +498,32 @@ def _check_settings(bundle: Bundle) -> None:
             conditioner.integer("patch_embed_dim", 1, 1 << 16),
             encoder.embed_dim,
         ),
-        "context tokens": (card.context_tokens, 1 if region is None else 2),
+        "context tokens": (card.context_tokens, context_tokens(configs["conditioner"])),
         "encoder's image size": (card.patch_px, encoder.image_size),
     }
-    if region is not None:
-        conditioner.integer("region_embed_dim", 1, 1 << 16)
-    conditioner.boolean("normalize")
     for what, (ours, theirs) in agreements.items():
         if ours != theirs:
             raise BundleError(
                 f"{folder}: its parts contradict each other, {what}: "
                 f"{ours!r:.80} and {theirs!r:.80}"
             )
+
+
+def _check_conditioner(config: dict[str, Any], fields: _Fields) -> None:
+    if KIND not in config:
+        if config.get("region_embed_dim") is not None:
+            fields.integer("region_embed_dim", 1, 1 << 16)
+        fields.boolean("normalize")
+        return
+    fields.choice(KIND, (GRID,))
+    width = fields.integer("context_dim", 1, 1 << 13)
+    heads = fields.integer("num_heads", 1, width)
+    if width % heads:
+        fields.fail("num_heads", f"a divisor of the {width} channels", heads)
+    fields.integer("depth", 1, _MAX_LAYERS)
+    fields.integer("mlp_dim", 1, 1 << 16)
+    fields.integer("cells", 1, _MAX_TOKENS - 1)
+    fields.integer("magnification", 0, fields.integer("magnifications", 1, 64) - 1)
 
 
 def check_taps(taps: tuple[TapSpec, ...], where: str) -> None:
@@ -562,7 +593,7 @@ def build_part(part: str, config: dict[str, Any], where: str) -> nn.Module:
         return build_encoder(read_encoder_config(config, where))
     try:
         if part == "conditioner":
-            return Conditioner(**config)
+            return build_conditioner(config)
         return build_unet(config) if part == "unet" else build_autoencoder(config)
     except BundleError as error:
         raise BundleError(f"{where}: {error}") from None
@@ -625,7 +656,7 @@ def describe(shape: Preset, *, trained: bool, **texts: Any) -> ModelCard:
         latent_channels=latent_channels(shape.autoencoder),
         latent_stride=stride,
         schedule=shape.schedule,
-        context_tokens=1 if shape.conditioner["region_embed_dim"] is None else 2,
+        context_tokens=context_tokens(shape.conditioner),
         taps=plan_taps(shape.unet, stride),
         **texts,
     )

@@ -5,7 +5,9 @@ shape, is checked before any of them is read. Nothing in the files is executed (
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,17 @@ from pathsegdiff.diffusion.compvis import (
     LdmUNet,
     conditioner_shapes,
     first_stage_shapes,
+    grid_conditioner_shapes,
     unet_shapes,
 )
-from pathsegdiff.diffusion.encoder import EncoderConfig, resize_position_table
+from pathsegdiff.diffusion.conditioning import GRID, KIND
+from pathsegdiff.diffusion.encoder import (
+    NAMED_ENCODERS,
+    AnyEncoderConfig,
+    EncoderConfig,
+    NoEncoderConfig,
+    resize_position_table,
+)
 from pathsegdiff.diffusion.presets import Preset
 from pathsegdiff.diffusion.project import LdmProject, read_project
 from pathsegdiff.diffusion.schedule import NoiseSchedule
@@ -95,7 +105,7 @@ def import_bundle(
     *,
     ldm: Path,
     project: Path,
-    encoder: Path,
+    encoder: Path | None,
     out: Path,
     encoder_config: Path | None = None,
     ema: bool = False,
@@ -111,9 +121,11 @@ def import_bundle(
     Args:
         ldm: Lightning checkpoint of the latent diffusion model.
         project: Its project YAML.
-        encoder: DINO checkpoint of the patch encoder.
+        encoder: Checkpoint of the patch encoder, as DINO or timm write it; None for a bundle that
+            knows the null condition only.
         out: Folder to make.
-        encoder_config: JSON with the encoder's shape; None for HIPT's ViT-S/16.
+        encoder_config: JSON with the encoder's shape, or a name in ``NAMED_ENCODERS``; None for
+            HIPT's ViT-S/16.
         ema: Take the UNet's averaged weights instead of the plain ones.
         ignore: More prefixes of tensors to leave aside.
         name: Of the model; the folder's name if None.
@@ -128,10 +140,20 @@ def import_bundle(
     """
     check_new_folder(out)
     settings = read_project(project)
-    shape = _shape(settings, _encoder_config(encoder_config), project, head_width)
+    described: AnyEncoderConfig
+    if encoder is None:
+        described = NoEncoderConfig(embed_dim=settings.patch_embed_dim, image_size=PATCH_PX)
+    else:
+        described = _encoder_config(encoder_config)
+    shape = _shape(settings, described, project, head_width)
     check_taps(plan_taps(shape.unet, 1), str(project))
-    with open_checkpoint(encoder) as encoder_file, open_checkpoint(ldm) as ldm_file:
-        vit, shape = _encoder_tensors(encoder_file, shape, encoder_config)
+    with (
+        open_checkpoint(ldm) as ldm_file,
+        nullcontext() if encoder is None else open_checkpoint(encoder) as encoder_file,
+    ):
+        vit: dict[str, TensorRef] = {}
+        if encoder_file is not None:
+            vit, shape = _encoder_tensors(encoder_file, shape, encoder_config)
         tensors = _state_dict(ldm_file)
         parts = {
             "unet": _unet_tensors(tensors, settings.unet, ldm, ema),
@@ -158,7 +180,7 @@ def import_bundle(
                 ("autoencoder", shape.autoencoder, parts["autoencoder"]),
                 ("unet", shape.unet, parts["unet"]),
             ):
-                source = encoder_file if part == "encoder" else ldm_file
+                source = (part == "encoder" and encoder_file) or ldm_file
                 loaded = {key: _read(source, key, ref) for key, ref in state.items()}
                 converted = _CONVERT[part](loaded, config)
                 _check_converted(part, config, converted)
@@ -174,12 +196,15 @@ def import_bundle(
     )
 
 
-def _shape(settings: LdmProject, encoder: EncoderConfig, project: Path, head_width: int) -> Preset:
+def _shape(
+    settings: LdmProject, encoder: AnyEncoderConfig, project: Path, head_width: int
+) -> Preset:
     """Everything but the weights; the latent scale is the YAML's."""
     if settings.patch_embed_dim != encoder.embed_dim:
         raise BundleError(
             f"{project}: the conditioner takes vectors of {settings.patch_embed_dim}, the encoder "
-            f"gives {encoder.embed_dim}; describe the encoder with --encoder-config"
+            f"gives {encoder.embed_dim}; describe the encoder with --encoder-config ("
+            f"FILE, {' or '.join(NAMED_ENCODERS)})"
         )
     if encoder.image_size != PATCH_PX:
         raise BundleError(
@@ -198,17 +223,34 @@ def _shape(settings: LdmProject, encoder: EncoderConfig, project: Path, head_wid
         title="",
         head_width=head_width,
         encoder=encoder,
-        conditioner={
-            "patch_embed_dim": settings.patch_embed_dim,
-            "region_embed_dim": settings.region_embed_dim,
-            "context_dim": settings.unet.context_dim,
-            "normalize": settings.normalize,
-        },
+        conditioner=_conditioner_config(settings),
         autoencoder=_autoencoder_config(settings.first_stage, settings.scale_factor),
         unet=_unet_config(settings.unet, PATCH_PX // stride),
         schedule=settings.schedule,
         latent_scale=settings.scale_factor,
     )
+
+
+def _conditioner_config(settings: LdmProject) -> dict[str, Any]:
+    grid = settings.grid
+    if grid is None:
+        return {
+            "patch_embed_dim": settings.patch_embed_dim,
+            "region_embed_dim": settings.region_embed_dim,
+            "context_dim": settings.unet.context_dim,
+            "normalize": settings.normalize,
+        }
+    return {
+        KIND: GRID,
+        "patch_embed_dim": grid.input_channels,
+        "context_dim": grid.channels,
+        "depth": grid.num_layers,
+        "num_heads": grid.num_heads,
+        "mlp_dim": grid.mlp_dim,
+        "cells": grid.cells,
+        "magnifications": grid.magnifications,
+        "magnification": 0,  # 20x, which is what every model here sees
+    }
 
 
 def _unet_config(unet: LdmUNet, latent_size: int) -> dict[str, Any]:
@@ -257,9 +299,16 @@ def _autoencoder_config(stage: LdmFirstStage, scale: float) -> dict[str, Any]:
 
 
 def _encoder_config(file: Path | None) -> EncoderConfig:
+    return EncoderConfig.from_dict(_described(file), str(file))
+
+
+def _described(file: Path | None) -> Any:
+    """What the user says of the encoder's shape, unchecked."""
     if file is None:
-        return EncoderConfig()
-    return EncoderConfig.from_dict(read_json(file), str(file))
+        return {}
+    if str(file) in NAMED_ENCODERS and not file.exists():
+        return NAMED_ENCODERS[str(file)].to_dict()
+    return read_json(file)
 
 
 def _tensors(values: Any) -> dict[str, TensorRef]:
@@ -311,6 +360,8 @@ def _check(
 
 
 def _conditioner(settings: LdmProject) -> dict[str, tuple[int, ...]]:
+    if settings.grid is not None:
+        return grid_conditioner_shapes(settings.grid)
     return conditioner_shapes(
         settings.patch_embed_dim, settings.region_embed_dim, settings.unet.context_dim
     )
@@ -426,17 +477,20 @@ def _encoder_tensors(
         if isinstance(root, dict) and "hyper_parameters" in root:
             hint = "; is it the diffusion model's?"
         raise BundleError(
-            f"{checkpoint.path} is no DINO checkpoint of a vision transformer: it has no teacher "
-            f"with a pos_embed; {_describe_root(root)}{hint}"
+            f"{checkpoint.path} is no checkpoint of a vision transformer: it has no pos_embed, not "
+            f"in a teacher either; {_describe_root(root)}{hint}"
         )
     config = shape.encoder
     assert isinstance(config, EncoderConfig)  # HIPT's checkpoints hold transformers
-    if encoder_config is None or "mlp_ratio" not in read_json(encoder_config):
+    described = _described(encoder_config)
+    if "mlp_ratio" not in described:
         hidden = found.get("blocks.0.mlp.fc1.weight")
         if hidden is not None and len(hidden.shape) == 2:
             config = replace(config, mlp_ratio=hidden.shape[0] / config.embed_dim)
-    if encoder_config is None or "qkv_bias" not in read_json(encoder_config):
+    if "qkv_bias" not in described:
         config = replace(config, qkv_bias="blocks.0.attn.qkv.bias" in found)
+    if "layer_scale" not in described:
+        config = replace(config, layer_scale="blocks.0.ls1.gamma" in found)
     expected = _expected_shapes("encoder", config.to_dict())
     shapes = {name: ref.shape for name, ref in found.items()}
     table = shapes.get("pos_embed", ())
@@ -514,11 +568,34 @@ def _convert_autoencoder(state: dict[str, Tensor], config: Mapping[str, Any]) ->
 
 
 def _convert_conditioner(state: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name.removeprefix(CONDITIONER_PREFIX): value for name, value in state.items()}
+    plain = {name.removeprefix(CONDITIONER_PREFIX): value for name, value in state.items()}
+    if config.get(KIND) != GRID:
+        return plain
+    converted = {}
+    for name, value in plain.items():
+        for theirs, ours in _GRID_NAMES:
+            name = re.sub(theirs, ours, name)
+        converted[name] = value
+    return converted
+
+
+#: torchvision's names of a transformer -> timm's.
+_GRID_NAMES = (
+    (r"^encoder\.layers\.encoder_layer_([0-9]+)\.", r"blocks.\1."),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^encoder\.", ""),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+)
 
 
 def _convert_encoder(state: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    grid = config["image_size"] // config["patch_size"]
+    if not state:
+        return {}
+    grid = (config.get("input_size") or config["image_size"]) // config["patch_size"]
     return {**state, "pos_embed": resize_position_table(state["pos_embed"], grid)}
 
 
@@ -547,14 +624,17 @@ def _check_converted(part: str, config: Mapping[str, Any], state: Mapping[str, T
     check_tensors(_expected_shapes(part, config), shapes, f"{part}, converted by diffusers")
 
 
-def _provenance(*, ldm: Path, project: Path, encoder: Path, ema: bool) -> dict[str, str]:
-    hashes = {"ldm": file_sha256(ldm), "encoder": file_sha256(encoder)}
+def _provenance(*, ldm: Path, project: Path, encoder: Path | None, ema: bool) -> dict[str, str]:
+    from_encoder = "none"
+    if encoder is not None:
+        digits = file_sha256(encoder)
+        from_encoder = f"{encoder.name}, sha256 {digits}"
+        from_encoder += " (HIPT ViT-256 as published)" if digits == HIPT_SHA256 else ""
     return new_provenance(
         **{
-            "ldm": f"{ldm.name}, sha256 {hashes['ldm']}",
+            "ldm": f"{ldm.name}, sha256 {file_sha256(ldm)}",
             "project": f"{project.name}, sha256 {file_sha256(project)}",
-            "encoder": f"{encoder.name}, sha256 {hashes['encoder']}"
-            + (" (HIPT ViT-256 as published)" if hashes["encoder"] == HIPT_SHA256 else ""),
+            "encoder": from_encoder,
             "UNet weights": "averaged (EMA)" if ema else "plain",
         }
     )

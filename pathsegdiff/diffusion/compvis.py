@@ -246,6 +246,53 @@ def conditioner_shapes(
     return shapes
 
 
+@dataclass(frozen=True, kw_only=True)
+class LdmGridConditioner:
+    """Arguments of ZoomLDM's ``EmbeddingViT2_5``.
+
+    Attributes:
+        input_channels: Of an embedding.
+        channels: Of the transformer and of a token.
+        num_layers: Its blocks.
+        num_heads: Attention heads of a block.
+        mlp_dim: Hidden width of a block's MLP.
+        cells: Of the grid of embeddings.
+        magnifications: How many it knows.
+    """
+
+    input_channels: int
+    channels: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    cells: int
+    magnifications: int
+
+
+def grid_conditioner_shapes(grid: LdmGridConditioner) -> dict[str, Shape]:
+    """Name -> shape of ``EmbeddingViT2_5``, whose transformer is torchvision's ``Encoder``."""
+    prefix, width = CONDITIONER_PREFIX, grid.channels
+    shapes: dict[str, Shape] = {
+        f"{prefix}mag_embedding.weight": (grid.magnifications, width),
+        f"{prefix}pad_token": (1, 1, width),
+        f"{prefix}encoder.pos_embedding": (1, grid.cells + 1, width),
+    }
+    shapes.update(_layer(f"{prefix}dim_reduce", (width, grid.input_channels)))
+    for index in range(grid.num_layers):
+        layer = f"{prefix}encoder.layers.encoder_layer_{index}"
+        shapes.update(_norm(f"{layer}.ln_1", width))
+        shapes[f"{layer}.self_attention.in_proj_weight"] = (3 * width, width)
+        shapes[f"{layer}.self_attention.in_proj_bias"] = (3 * width,)
+        shapes.update(_layer(f"{layer}.self_attention.out_proj", (width, width)))
+        shapes.update(_norm(f"{layer}.ln_2", width))
+        shapes.update(_layer(f"{layer}.mlp.0", (grid.mlp_dim, width)))
+        shapes.update(_layer(f"{layer}.mlp.3", (width, grid.mlp_dim)))
+    shapes.update(_norm(f"{prefix}encoder.ln", width))
+    shapes.update(_layer(f"{prefix}final_proj", (width, width)))
+    shapes.update(_norm(f"{prefix}layer_norm", width))
+    return shapes
+
+
 def _layer(name: str, weight: Shape) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.weight", weight
     yield f"{name}.bias", weight[:1]

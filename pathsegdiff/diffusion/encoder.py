@@ -3,7 +3,9 @@
 HIPT (Chen et al. 2022, https://arxiv.org/abs/2206.02647) runs a DINO ViT-S/16 that was trained on
 224 px at 256 px, and resizes the position table on the way. timm resizes it a little differently
 (0.6 % on random weights), so a bundle holds the table as HIPT would have it, and timm leaves it
-alone. Shapes: B = batch, D = embedding, N = patch tokens along one side, P = patch_px.
+alone. UNI (Chen et al. 2024, https://doi.org/10.1038/s41591-024-02857-3) is a ViT-L/16 that sees
+its patches at 224 px. Shapes: B = batch, D = embedding, N = patch tokens along one side,
+P = patch_px.
 """
 
 import math
@@ -31,11 +33,14 @@ class EncoderConfig:
         depth: Transformer blocks.
         num_heads: Attention heads of a block.
         patch_size: Image pixels along one side of a token.
-        image_size: Pixels along one side of the input.
+        image_size: Pixels along one side of the image.
+        input_size: That it is resized to for the transformer; None for as it is. The tokens are
+            resized back, so that a token covers ``patch_size`` pixels of the image.
         mean: Of an RGB channel in [0, 1], subtracted first.
         std: Divided by.
         mlp_ratio: Hidden width of a block's MLP, in D.
         qkv_bias: Whether queries, keys and values have biases.
+        layer_scale: Whether the branches of a block have a factor for each channel.
     """
 
     architecture: str = "vit"
@@ -44,10 +49,17 @@ class EncoderConfig:
     num_heads: int = 6
     patch_size: int = 16
     image_size: int = 256
+    input_size: int | None = None
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    layer_scale: bool = False
+
+    @property
+    def input_grid(self) -> int:
+        """Patch tokens along one side within the transformer."""
+        return (self.input_size or self.image_size) // self.patch_size
 
     @property
     def token_grid(self) -> int:
@@ -85,6 +97,8 @@ class EncoderConfig:
             )
         for name, largest in _LARGEST.items():
             value = values.get(name, 1)
+            if name == "input_size" and value is None:
+                continue
             if type(value) is not int or not 1 <= value <= largest:
                 raise BundleError(f"{where}: {name} must be 1 to {largest}, got {value!r}")
         for name in ("mean", "std"):
@@ -92,8 +106,9 @@ class EncoderConfig:
         ratio = values.get("mlp_ratio", 4.0)
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 64:
             raise BundleError(f"{where}: mlp_ratio must be in (0, 64], got {ratio!r}")
-        if not isinstance(values.get("qkv_bias", True), bool):
-            raise BundleError(f"{where}: qkv_bias must be true or false")
+        for name in ("qkv_bias", "layer_scale"):
+            if not isinstance(values.get(name, True), bool):
+                raise BundleError(f"{where}: {name} must be true or false")
         triples = {name: tuple(values[name]) for name in ("mean", "std") if name in values}
         config = cls(**{**values, **triples})
         if config.embed_dim % config.num_heads:
@@ -101,16 +116,22 @@ class EncoderConfig:
                 f"{where}: embed_dim {config.embed_dim} is no multiple of "
                 f"num_heads {config.num_heads}"
             )
-        if config.image_size % config.patch_size:
-            raise BundleError(
-                f"{where}: image_size {config.image_size} is no multiple of "
-                f"patch_size {config.patch_size}"
-            )
+        for name in ("image_size", "input_size"):
+            size = getattr(config, name)
+            if size is not None and size % config.patch_size:
+                raise BundleError(
+                    f"{where}: {name} {size} is no multiple of patch_size {config.patch_size}"
+                )
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        """Plain JSON types; the newer settings only where they are set: bundles keep their hash."""
+        values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        return {name: value for name, value in values.items() if value or name not in _NEWER}
+
+
+#: Settings that earlier bundles do not have.
+_NEWER = ("input_size", "layer_scale")
 
 
 #: Upper bounds that no encoder we know comes near; they keep a hostile file from filling memory.
@@ -120,6 +141,7 @@ _LARGEST = {
     "num_heads": 256,
     "patch_size": 256,
     "image_size": 4096,
+    "input_size": 4096,
 }
 
 
@@ -140,7 +162,7 @@ class PatchEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.network = VisionTransformer(
-            img_size=config.image_size,
+            img_size=config.input_size or config.image_size,
             patch_size=config.patch_size,
             num_classes=0,
             embed_dim=config.embed_dim,
@@ -148,6 +170,7 @@ class PatchEncoder(nn.Module):
             num_heads=config.num_heads,
             mlp_ratio=config.mlp_ratio,
             qkv_bias=config.qkv_bias,
+            init_values=1.0 if config.layer_scale else None,  # the weights come from a file
             norm_layer=partial(nn.LayerNorm, eps=1e-6),  # HIPT; timm's own default differs
         )
 
@@ -164,10 +187,14 @@ class PatchEncoder(nn.Module):
         # new_tensor and not a buffer: these are settings, and no entry of a state dict
         mean = images.new_tensor(self.config.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.config.std).view(1, 3, 1, 1)
+        if self.config.input_size is not None:  # in [0, 1], as images of 8 bits are
+            images = _resize(images, self.config.input_size)
         normalized = ((images - mean) / std).to(next(self.network.parameters()).dtype)
         tokens = self.network.forward_features(normalized)
-        grid = self.config.token_grid
+        grid = self.config.input_grid
         patches = tokens[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
+        if grid != self.config.token_grid:
+            patches = _resize(patches.float(), self.config.token_grid)
         return tokens[:, 0], patches
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
@@ -175,8 +202,78 @@ class PatchEncoder(nn.Module):
         return [self(images)[1]]
 
 
-AnyEncoderConfig = EncoderConfig | ConvEncoderConfig
-AnyEncoder = PatchEncoder | ConvEncoder
+def _resize(maps: Tensor, side: int) -> Tensor:
+    """(B, C, side, side): bilinear with antialias, as PIL and torchvision resize images."""
+    return F.interpolate(maps, size=(side, side), mode="bilinear", antialias=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoEncoderConfig:
+    """A model without a patch encoder, which knows the null condition only.
+
+    Attributes:
+        architecture: "none".
+        embed_dim: D that its conditioner would take.
+        image_size: P.
+    """
+
+    architecture: str = "none"
+    embed_dim: int
+    image_size: int = 256
+    token_grid = 1
+    token_channels = 1
+    summary = "none: --cond none is all that the model can do"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> "NoEncoderConfig":
+        """Read and check what ``to_dict`` wrote.
+
+        Raises:
+            BundleError: If a value is unknown or cannot be; ``where`` names the file.
+        """
+        sizes = [values.get(name) for name in ("embed_dim", "image_size")]
+        if len(values) != 3 or not all(type(size) is int and 0 < size <= 4096 for size in sizes):
+            raise BundleError(f"{where}: of no encoder, embed_dim and image_size must be 1 to 4096")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+class NoEncoder(nn.Module):
+    """In the place of an encoder: vectors of zeros."""
+
+    def __init__(self, config: NoEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.network = nn.Module()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, P, P) to (B, D) and (B, 1, 1, 1) zeros."""
+        count = len(images)
+        return images.new_zeros(count, self.config.embed_dim), images.new_zeros(count, 1, 1, 1)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """None."""
+        return []
+
+
+#: Shapes of published encoders; what they see is what their publishers show them.
+NAMED_ENCODERS = {
+    "hipt": EncoderConfig(),
+    "uni": EncoderConfig(
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        input_size=224,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        layer_scale=True,
+    ),
+}
+AnyEncoderConfig = EncoderConfig | ConvEncoderConfig | NoEncoderConfig
+AnyEncoder = PatchEncoder | ConvEncoder | NoEncoder
 
 
 def read_encoder_config(values: Any, where: str) -> AnyEncoderConfig:
@@ -187,11 +284,15 @@ def read_encoder_config(values: Any, where: str) -> AnyEncoderConfig:
     """
     if isinstance(values, dict) and values.get("architecture") == "cnn":
         return ConvEncoderConfig.from_dict(values, where)
+    if isinstance(values, dict) and values.get("architecture") == "none":
+        return NoEncoderConfig.from_dict(values, where)
     return EncoderConfig.from_dict(values, where)
 
 
 def build_encoder(config: AnyEncoderConfig) -> AnyEncoder:
     """Make the network that a config describes."""
+    if isinstance(config, NoEncoderConfig):
+        return NoEncoder(config)
     return ConvEncoder(config) if isinstance(config, ConvEncoderConfig) else PatchEncoder(config)
 
 

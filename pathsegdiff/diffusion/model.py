@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from pathsegdiff.config import order_taps
 from pathsegdiff.diffusion.autoencoder import encode
-from pathsegdiff.diffusion.conditioning import Conditioner
-from pathsegdiff.diffusion.encoder import AnyEncoder
+from pathsegdiff.diffusion.conditioning import AnyConditioner
+from pathsegdiff.diffusion.encoder import AnyEncoder, NoEncoder
 from pathsegdiff.diffusion.schedule import NoiseSchedule, add_noise, check_timestep
 from pathsegdiff.diffusion.taps import TapSpec, capture_taps
+from pathsegdiff.errors import ConfigError
 
 
 class DiffusionModel(nn.Module):
@@ -43,7 +44,7 @@ class DiffusionModel(nn.Module):
         self,
         *,
         encoder: AnyEncoder,
-        conditioner: Conditioner,
+        conditioner: AnyConditioner,
         autoencoder: nn.Module,
         unet: nn.Module,
         tap_specs: tuple[TapSpec, ...],
@@ -79,6 +80,14 @@ class DiffusionModel(nn.Module):
         """Of the weights."""
         return next(self.unet.parameters()).dtype
 
+    def check_condition(self, *, encoder: bool) -> None:
+        """Raises: ConfigError: If the encoder is asked for and the model has none."""
+        if encoder and isinstance(self.encoder, NoEncoder):
+            raise ConfigError(
+                "this model has no patch encoder: use --cond none, without --tokens, or import it "
+                "with one (psd models import --encoder)"
+            )
+
     def embed(self, images: Tensor) -> Tensor:
         """Encoder vectors.
 
@@ -106,8 +115,8 @@ class DiffusionModel(nn.Module):
         """Context tokens of the UNet.
 
         Args:
-            embedding: (B, D) from ``embed``, or None for the null condition (zeros before the
-                linear layers, so that their biases remain).
+            embedding: (B, D) from ``embed``, or None for the null condition, as the conditioner
+                has it.
             batch: B.
 
         Returns:

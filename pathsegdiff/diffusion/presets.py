@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pathsegdiff.diffusion.autoencoder import build_autoencoder, latent_channels, latent_stride
-from pathsegdiff.diffusion.conditioning import Conditioner
+from pathsegdiff.diffusion.conditioning import build_conditioner
 from pathsegdiff.diffusion.conv_encoder import ConvEncoderConfig
 from pathsegdiff.diffusion.encoder import AnyEncoderConfig, EncoderConfig, build_encoder
 from pathsegdiff.diffusion.schedule import NoiseSchedule
@@ -28,7 +28,7 @@ class Preset:
         title: One line for people.
         head_width: Channels of the segmentation head's first layer that suit the model.
         encoder: Of the patch encoder.
-        conditioner: Arguments of ``Conditioner``.
+        conditioner: ``config.json`` of the conditioner.
         autoencoder: ``config.json`` of the autoencoder.
         unet: ``config.json`` of the UNet.
         schedule: The noise schedule.
@@ -49,7 +49,7 @@ class Preset:
         """The four networks with whatever weights the current random state gives."""
         return {
             "encoder": build_encoder(self.encoder),
-            "conditioner": Conditioner(**self.conditioner),
+            "conditioner": build_conditioner(self.conditioner),
             "autoencoder": build_autoencoder(self.autoencoder),
             "unet": build_unet(self.unet),
         }

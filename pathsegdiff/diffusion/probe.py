@@ -68,6 +68,7 @@ def probe_patch(
             f"noise has shape {noise.shape}, this model's latents {(1, *card.latent_shape)}"
         )
     model = bundle.load("cpu", torch.float32)
+    model.check_condition(encoder=conditioning == "encoder")
     with _threads(_THREADS):
         arrays = _forward(
             model,

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pathsegdiff.diffusion.compvis import LdmFirstStage, LdmUNet
+from pathsegdiff.diffusion.compvis import LdmFirstStage, LdmGridConditioner, LdmUNet
 from pathsegdiff.diffusion.schedule import MAX_NUMBER, NoiseSchedule
 from pathsegdiff.errors import BundleError, ConfigError
 
@@ -34,6 +34,9 @@ _CONDITIONERS: dict[str, tuple[int, int | None]] = {
     "PatchEmbedder": (768, None),
     "SSLEmbedder": (384, 768),
 }
+#: ZoomLDM's, and the cells of its grid, which its code does not take from the setting.
+_GRID_CONDITIONER = "EmbeddingViT2_5"
+_GRID_CELLS = 64
 #: UNet options that change the network and that diffusers' UNet cannot follow -> what they must be.
 _UNET_MUST_BE: dict[str, tuple[Any, ...]] = {
     "dims": (2,),
@@ -72,6 +75,7 @@ class LdmProject:
         patch_embed_dim: D of the patch embedding.
         region_embed_dim: Of the region embedding; None for a model with one token.
         normalize: Whether embeddings are scaled to unit norm first.
+        grid: The conditioner where it is ZoomLDM's, whose embeddings are always standardised.
     """
 
     unet: LdmUNet
@@ -83,6 +87,7 @@ class LdmProject:
     patch_embed_dim: int
     region_embed_dim: int | None
     normalize: bool
+    grid: LdmGridConditioner | None = None
 
 
 def read_project(path: Path) -> LdmProject:
@@ -105,9 +110,13 @@ def read_project(path: Path) -> LdmProject:
             f"{path}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels, "
             f"the first stage makes {first_stage.embed_dim}"
         )
-    patch_dim, region_dim, normalize = _read_conditioner(
-        params.node("cond_stage_config"), unet.context_dim
-    )
+    conditioner = params.node("cond_stage_config")
+    grid = None
+    if conditioner.text("target").rpartition(".")[2] == _GRID_CONDITIONER:
+        grid = _read_grid(conditioner.node("params"), unet.context_dim)
+        patch_dim, region_dim, normalize = grid.input_channels, None, False
+    else:
+        patch_dim, region_dim, normalize = _read_conditioner(conditioner, unet.context_dim)
     return LdmProject(
         unet=unet,
         first_stage=first_stage,
@@ -118,6 +127,7 @@ def read_project(path: Path) -> LdmProject:
         patch_embed_dim=patch_dim,
         region_embed_dim=region_dim,
         normalize=normalize,
+        grid=grid,
     )
 
 
@@ -215,7 +225,7 @@ def _read_first_stage(node: "_Node") -> tuple[LdmFirstStage, int]:
 def _read_conditioner(node: "_Node", context_dim: int) -> tuple[int, int | None, bool]:
     target = node.text("target").rpartition(".")[2]
     if target not in _CONDITIONERS:
-        node.fail("target", " or ".join(_CONDITIONERS), target)
+        node.fail("target", " or ".join((*_CONDITIONERS, _GRID_CONDITIONER)), target)
     patch_default, region_default = _CONDITIONERS[target]
     params = node.node("params", optional=True)
     target_dim = params.integer("target_dim", context_dim, most=1 << 16)
@@ -228,6 +238,29 @@ def _read_conditioner(node: "_Node", context_dim: int) -> tuple[int, int | None,
         params.integer("patch_embed_dim", patch_default, most=1 << 16),
         region,
         params.boolean("normalize_ssl", False),
+    )
+
+
+def _read_grid(params: "_Node", context_dim: int) -> LdmGridConditioner:
+    for name, default, must in (
+        ("hidden_channels", _REQUIRED, context_dim),
+        ("output_channels", 512, context_dim),
+        ("seq_length", _GRID_CELLS, _GRID_CELLS),
+    ):
+        found = params.integer(name, default, most=1 << 16)
+        if found != must:
+            params.fail(name, str(must), found)
+    heads = params.integer("num_heads", 8, most=1024)
+    if context_dim % heads:
+        params.fail("num_heads", f"a divisor of {context_dim} channels", heads)
+    return LdmGridConditioner(
+        input_channels=params.integer("input_channels", 1024, most=1 << 16),
+        channels=context_dim,
+        num_layers=params.integer("num_layers", 12, most=64),
+        num_heads=heads,
+        mlp_dim=params.integer("vit_mlp_dim", 2048, most=1 << 16),
+        cells=_GRID_CELLS,
+        magnifications=params.integer("mag_levels", 8, most=64),
     )
 
 

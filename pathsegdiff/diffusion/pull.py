@@ -6,7 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pathsegdiff.diffusion.bundle import check_new_folder, load_bundle, models_dir
+from pathsegdiff.diffusion.bundle import (
+    check_new_folder,
+    has_encoder,
+    load_bundle,
+    models_dir,
+)
 from pathsegdiff.diffusion.checkpoints import HIPT_SHA256, import_bundle
 from pathsegdiff.errors import BundleError, ConfigError, FetchError
 from pathsegdiff.fetch.download import (
@@ -53,7 +58,10 @@ class ModelSource:
         licence, citation, homepage: For people, who must agree to the licence.
         files: What it consists of.
         bundle: Whether the files become a bundle; else they are kept as they are.
-        note: What to say about files that are kept.
+        note: What to say about files that are kept, or about a bundle without an encoder.
+        ema: Whether the authors compute with the averaged weights.
+        encoder_config: Shape of the encoder that ``--encoder`` gives, which no command can fetch;
+            "" for a model that brings its own.
     """
 
     name: str
@@ -64,6 +72,8 @@ class ModelSource:
     files: tuple[SourceFile, ...]
     bundle: bool
     note: str = ""
+    ema: bool = False
+    encoder_config: str = ""
 
     @property
     def terms(self) -> Terms:
@@ -135,18 +145,25 @@ SOURCES = (
     ),
     ModelSource(
         name="zoomldm-brca",
-        title="ZoomLDM of TCGA-BRCA, as the published files",
-        licence="MIT",
+        title="ZoomLDM of TCGA-BRCA, conditioned on UNI's embeddings and the magnification",
+        licence="MIT (ZoomLDM); UNI has terms of its own",
         citation="Yellapragada S, Graikos A, Triaridis K, et al. ZoomLDM: latent diffusion model "
         "for multi-scale image generation. CVPR 2025.",
         homepage="https://huggingface.co/StonyBrook-CVLab/ZoomLDM",
         files=(
-            SourceFile(name="config.yaml", remote=Remote(url=f"{_ZOOM_LDM}/config.yaml")),
-            SourceFile(name="weights.ckpt", remote=Remote(url=f"{_ZOOM_LDM}/weights.ckpt")),
+            SourceFile(
+                name="config.yaml", role="project", remote=Remote(url=f"{_ZOOM_LDM}/config.yaml")
+            ),
+            SourceFile(
+                name="weights.ckpt", role="ldm", remote=Remote(url=f"{_ZOOM_LDM}/weights.ckpt")
+            ),
         ),
-        bundle=False,
-        note="they cannot be imported yet: ZoomLDM's conditioner (embedding and magnification) is "
-        "another one than the supported PatchEmbedder and SSLEmbedder",
+        bundle=True,
+        ema=True,
+        encoder_config="uni",
+        note="it has no patch encoder, so `psd extract` needs --cond none. UNI, the encoder that "
+        "it was trained with, is given on request at https://huggingface.co/MahmoodLab/UNI; pull "
+        "again into another --out with --encoder pytorch_model.bin",
     ),
 )
 
@@ -158,11 +175,13 @@ class PullPlan:
     Attributes:
         out: Folder of the bundle, or of the files that are kept.
         done: Whether a whole bundle is there already.
+        encoder: Checkpoint that the user has, or None.
     """
 
     source: ModelSource
     out: Path
     done: bool
+    encoder: Path | None = None
 
     @property
     def root(self) -> Path:
@@ -185,24 +204,37 @@ def find_source(name: str, sources: Iterable[ModelSource] | None = None) -> Mode
     return known[name]
 
 
-def plan_pull(source: ModelSource, out: Path | None = None) -> PullPlan:
+def plan_pull(
+    source: ModelSource, out: Path | None = None, encoder: Path | None = None
+) -> PullPlan:
     """Look whether a model is there.
 
     Args:
         out: Folder to make; None for a named one in ``models_dir()``.
+        encoder: Checkpoint of a patch encoder that is got by hand, or None.
 
     Raises:
-        BundleError: If something else stands there.
+        BundleError: If something else stands there, or the same model without the encoder.
+        ConfigError: If the model needs no such encoder.
+        FetchError: If the encoder's file is not there.
     """
+    if encoder is not None and not source.encoder_config:
+        raise ConfigError(f"{source.name} takes no --encoder: leave it out")
+    if encoder is not None and not encoder.is_file():
+        raise FetchError(f"--encoder {encoder} is no file")
     folder = models_dir() / source.name if out is None else out
     if not source.bundle:
         return PullPlan(source=source, out=folder, done=False)
     try:
         check_new_folder(folder)
     except BundleError:
-        load_bundle(folder.absolute())
-        return PullPlan(source=source, out=folder, done=True)
-    return PullPlan(source=source, out=folder, done=False)
+        bundle = load_bundle(folder.absolute())
+        if encoder is not None and not has_encoder(bundle.path):
+            raise BundleError(
+                f"{folder} is {source.name} without an encoder; remove it or choose another --out"
+            ) from None
+        return PullPlan(source=source, out=folder, done=True, encoder=encoder)
+    return PullPlan(source=source, out=folder, done=False, encoder=encoder)
 
 
 def pull_model(plan: PullPlan, report: Report) -> list[str]:
@@ -225,9 +257,13 @@ def pull_model(plan: PullPlan, report: Report) -> list[str]:
             note = f"; {source.note}" if source.note else ""
             return [*lines, f"{source.name}: {len(source.files)} files in {plan.out}{note}"]
         try:
+            if source.encoder_config:
+                files["encoder"] = plan.encoder
+                files["encoder_config"] = Path(source.encoder_config)
             result = import_bundle(
                 **files,  # type: ignore[arg-type]  # paths, by the names of the arguments
                 out=plan.out,
+                ema=source.ema,
                 name=source.name,
                 title=source.title,
                 licence=source.licence,
@@ -237,12 +273,17 @@ def pull_model(plan: PullPlan, report: Report) -> list[str]:
         # the bundle holds all of it, and the card their hashes
         shutil.rmtree(folder, ignore_errors=True)
     bundle = result.bundle
-    return [*lines, f"{bundle.card.name}: imported, {result.tensors} tensors, into {bundle.path}"]
+    lines.append(f"{bundle.card.name}: imported, {result.tensors} tensors, into {bundle.path}")
+    if not has_encoder(bundle.path):
+        lines.append(f"{source.name}: {source.note}")
+    return lines
 
 
-def _get_files(plan: PullPlan, folder: Path, report: Report) -> tuple[list[str], dict[str, Path]]:
+def _get_files(
+    plan: PullPlan, folder: Path, report: Report
+) -> tuple[list[str], dict[str, Path | None]]:
     lines: list[str] = []
-    paths: dict[str, Path] = {}
+    paths: dict[str, Path | None] = {}
     listings: dict[str, list[DriveFile]] = {}
     _check_room(plan, folder)
     for file in plan.source.files:

@@ -49,10 +49,11 @@ from diffusers import (  # noqa: E402
 )
 from diffusers.training_utils import EMAModel  # noqa: E402
 from timm import create_model, is_model  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
 __all__ = [
     "AutoencoderKL",
+    "Block",
     "DDIMScheduler",
     "DDPMScheduler",
     "EMAModel",

@@ -136,12 +136,14 @@ class StageOne:
             views: Each costs one UNet forward per patch; encoder and latent are shared.
 
         Raises:
-            ConfigError: If a timestep lies outside the model's schedule, or a tap is unknown.
+            ConfigError: If a timestep lies outside the model's schedule, a tap is unknown, or the
+                model has no encoder and one is asked for.
         """
         steps = len(model.alphas_cumprod)
         for view in views:
             if not 0 <= view.timestep < steps:
                 raise ConfigError(f"t must be in [0, {steps - 1}], got {view.timestep}")
+        model.check_condition(encoder=tokens or any(v.conditioning == "encoder" for v in views))
         if batch_size < 1:
             raise ConfigError(f"batch size must be at least 1, got {batch_size}")
         self.model = model

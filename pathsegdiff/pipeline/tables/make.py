@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pathsegdiff.data.manifest import load_manifest, open_dataset
-from pathsegdiff.diffusion.bundle import init_bundle, load_bundle, read_card, resolve_bundle
+from pathsegdiff.diffusion.bundle import (
+    has_encoder,
+    init_bundle,
+    load_bundle,
+    read_card,
+    resolve_bundle,
+)
 from pathsegdiff.errors import BundleError, DataError, RunError
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.pipeline.tables.rows import ROWS, Job, TableSettings, check_rows
@@ -93,7 +99,13 @@ def missing_things(
     missing = []
     if any(ROWS[name].store is not None for name in rows):
         try:
-            load_bundle(model)
+            bundle = load_bundle(model)
+            blind = [name for name in rows if ROWS[name].store in ("encoder", "timesteps")]
+            if blind and not has_encoder(bundle.path):
+                missing.append(
+                    f"model {model} has no patch encoder, which the rows {', '.join(blind)} need; "
+                    "--rows null, or import it with one (psd models import --encoder)"
+                )
         except BundleError as error:
             missing.append(f"model {model} ({error}); {_PAPERS_WEIGHTS}")
     try:
@@ -128,9 +140,11 @@ def plan_table(
     manifest = load_manifest(dataset)
     check_rows(rows)
     name = preset = "none"
+    sees = True
     if any(ROWS[row].store is not None for row in rows):
         try:
-            card = read_card(resolve_bundle(model))
+            folder = resolve_bundle(model)
+            card, sees = read_card(folder), has_encoder(folder)
             name, preset = card.name, _PRESETS.get(card.num_channels, "none")
         except BundleError:  # a table of finished runs needs no bundle
             known = _known_signature(others.get("work") or others["out"])
@@ -146,6 +160,7 @@ def plan_table(
         eval_split=eval_split or manifest.default_eval,
         model=model,
         model_name=name,
+        has_encoder=sees,
         random=random or Path("models") / f"{preset}-random",
         rows=rows,
         **others,

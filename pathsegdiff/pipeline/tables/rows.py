@@ -136,6 +136,7 @@ class TableSettings:
         train_split, eval_split: Trained on, and scored where no fold is.
         model: Name or folder of a bundle.
         model_name: As its card says.
+        has_encoder: Whether it can be conditioned on patches.
         random: Folder of a bundle with the model's shapes and random weights.
         timestep: Of the features.
         rows: Names of ``ROWS``.
@@ -158,6 +159,7 @@ class TableSettings:
     eval_split: str
     model: str
     model_name: str
+    has_encoder: bool = True
     random: Path
     timestep: int = 50
     rows: tuple[str, ...]
@@ -245,11 +247,13 @@ class TableSettings:
         if "timesteps" in stores and len(rest) < len(TIMESTEPS):
             stores = stores | {"encoder"}
         if stores & {"encoder", "none"}:
-            condition = "both" if "none" in stores else "encoder"
-            out = self.store_of("encoder", self.timestep)
+            kinds = stores & {"encoder", "none"}
+            (condition,) = kinds if len(kinds) == 1 else ("both",)
+            out = self.store_of("encoder" if condition == "both" else condition, self.timestep)
             if condition == "both":
                 out = out.parent
-            model = ["--model", self.model, "--cond", condition, "--tokens", "--out", str(out)]
+            tokens = ["--tokens"] if self.has_encoder else []
+            model = ["--model", self.model, "--cond", condition, *tokens, "--out", str(out)]
             commands.append([*common, "--t", str(self.timestep), *model])
         if "timesteps" in stores:
             out = self.folder / "features"
