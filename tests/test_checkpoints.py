@@ -248,7 +248,9 @@ def test_averaged_weights_are_taken_on_request(tmp_path, project):
     files = write_files(tmp_path / "files", project, {**state, **flat, **counters})
     name = "model.diffusion_model.out.2.weight"
     plain = import_bundle(**files, out=tmp_path / "a").bundle.load()
-    ema = import_bundle(**files, out=tmp_path / "b", ema=True).bundle.load()
+    report = import_bundle(**files, out=tmp_path / "b", ema=True)
+    assert report.ignored == {"model.diffusion_model.": len(averaged), "model_ema.": 2}
+    ema = report.bundle.load()
     assert torch.equal(plain.unet.conv_out.weight, state[name])
     assert torch.equal(ema.unet.conv_out.weight, averaged[name])
     del flat["model_ema.diffusion_modelout2weight"]
@@ -363,7 +365,9 @@ def test_swapped_files_are_noticed(tmp_path, project):
         BundleError, match=r"no checkpoint of a latent .* 'teacher'.* is it the enc"
     ):
         import_bundle(**{**files, "ldm": files["encoder"]}, out=tmp_path / "bundle")
-    with pytest.raises(BundleError, match=r"no DINO checkpoint .* is it the diffusion model's"):
+    with pytest.raises(
+        BundleError, match=r"no DINO or timm checkpoint .* is it the diffusion model's"
+    ):
         import_bundle(**{**files, "encoder": files["ldm"]}, out=tmp_path / "bundle")
     with pytest.raises(BundleError, match="is not a text file|not valid YAML|too large"):
         import_bundle(**{**files, "project": files["ldm"]}, out=tmp_path / "bundle")

@@ -160,7 +160,7 @@ def import_bundle(
             "autoencoder": _check(tensors, FIRST_STAGE_PREFIX, first_stage_shapes, settings, ldm),
             "conditioner": _check(tensors, CONDITIONER_PREFIX, _conditioner, settings, ldm),
         }
-        ignored = _leftovers(tensors, ignore, ldm)
+        ignored = _leftovers(tensors, ignore, ldm, ema)
         _check_schedule(ldm_file, tensors, settings.schedule)
         shape = replace(shape, latent_scale=_latent_scale(ldm_file, tensors, settings))
         card = describe(
@@ -389,14 +389,18 @@ def _unet_tensors(
 
 
 def _leftovers(
-    tensors: Mapping[str, TensorRef], ignore: Sequence[str], path: Path
+    tensors: Mapping[str, TensorRef], ignore: Sequence[str], path: Path, ema: bool
 ) -> dict[str, int]:
     """Count what is not used, and refuse what we cannot name."""
     used = (UNET_PREFIX, FIRST_STAGE_PREFIX, CONDITIONER_PREFIX)
     prefixes = (*IGNORED_PREFIXES, *ignore)
+    if ema:  # the averaged weights are used, the plain ones are not
+        prefixes = (UNET_PREFIX, *prefixes)
     counts: dict[str, int] = {}
     unknown = []
     for name in tensors:
+        if ema and name.startswith("model_ema.diffusion_model"):
+            continue
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is not None:
             counts[prefix] = counts.get(prefix, 0) + 1
@@ -477,8 +481,8 @@ def _encoder_tensors(
         if isinstance(root, dict) and "hyper_parameters" in root:
             hint = "; is it the diffusion model's?"
         raise BundleError(
-            f"{checkpoint.path} is no checkpoint of a vision transformer: it has no pos_embed, not "
-            f"in a teacher either; {_describe_root(root)}{hint}"
+            f"{checkpoint.path} is no DINO or timm checkpoint of a vision transformer: it has no "
+            f"pos_embed, in a teacher or not; {_describe_root(root)}{hint}"
         )
     config = shape.encoder
     assert isinstance(config, EncoderConfig)  # HIPT's checkpoints hold transformers

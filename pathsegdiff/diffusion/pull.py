@@ -146,7 +146,7 @@ SOURCES = (
     ModelSource(
         name="zoomldm-brca",
         title="ZoomLDM of TCGA-BRCA, conditioned on UNI's embeddings and the magnification",
-        licence="MIT (ZoomLDM); UNI has terms of its own",
+        licence="MIT (ZoomLDM); UNI has terms of its own (CC BY-NC-ND 4.0)",
         citation="Yellapragada S, Graikos A, Triaridis K, et al. ZoomLDM: latent diffusion model "
         "for multi-scale image generation. CVPR 2025.",
         homepage="https://huggingface.co/StonyBrook-CVLab/ZoomLDM",
