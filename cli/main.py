@@ -106,14 +106,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(run(arguments))
 
 
-def run_within(ctx: click.Context, arguments: Sequence[str]) -> None:
-    """Run another command of ``psd`` from within one, as quietly; end with its code if it fails."""
-    code = run([*(["-q"] if is_quiet(ctx) else []), *arguments])
+def run_within(ctx: click.Context, arguments: Sequence[str], obj: object = None) -> None:
+    """Run another command of ``psd`` from within one, as quietly; end with its code if it fails.
+
+    Args:
+        obj: ``ctx.obj`` of the command, for what no user would type.
+    """
+    code = run([*(["-q"] if is_quiet(ctx) else []), *arguments], obj)
     if code:
         ctx.exit(code)
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None = None, obj: object = None) -> int:
     """Run ``psd`` and return its exit code; a bug keeps its traceback."""
     keep_freed_memory()
     wait_without_spinning()
@@ -122,6 +126,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             args=None if arguments is None else list(arguments),
             prog_name="psd",
             standalone_mode=False,
+            obj=obj,
         )
         return result if isinstance(result, int) else 0
     except click.exceptions.Abort:  # click's name for Ctrl-C

@@ -31,12 +31,10 @@ def table1(out: Path) -> None:
     Example:
       psd reproduce table1
     """
-    from pathsegdiff.files import replace_file
-    from pathsegdiff.pipeline.tables.parameters import parameters_table
+    from pathsegdiff.pipeline.tables.parameters import write_parameters
 
-    text = parameters_table()
-    replace_file(out / "table.md", lambda beside: beside.write_text(text, encoding="utf-8"))
-    click.echo(text, nl=False)
+    click.echo(write_parameters(out), nl=False)
+    click.echo(f"table, plot and report: {out}")
 
 
 def _numbers(
@@ -377,20 +375,17 @@ def _curve(
     from cli.main import run_within
     from pathsegdiff.data.manifest import open_dataset
     from pathsegdiff.diffusion.bundle import read_card, resolve_bundle
-    from pathsegdiff.pipeline.tables.curves import (
-        extraction_command,
-        published_note,
-        sweep_command,
-    )
+    from pathsegdiff.pipeline.tables.curves import about, extraction_command, sweep_command
 
     opened = open_dataset(dataset, data_root=data_root)
     split = opened.manifest.default_train
     timesteps = tuple(dict.fromkeys(_numbers(click.get_current_context(), None, t)))
+    names = opened.name, read_card(resolve_bundle(model)).name
     extraction, stores = extraction_command(
         dataset,
         data_root,
         model,
-        names=(opened.name, read_card(resolve_bundle(model)).name),
+        names=names,
         split=split,
         timesteps=timesteps,
         folder=out / "features",
@@ -401,9 +396,9 @@ def _curve(
         name, stores, split=split, folds=folds, seeds=seeds, rates=lr, budget=budget,
         precision=precision, jobs=jobs, out=out,
     )  # fmt: skip
-    for command in (extraction, heads):
+    said = about(
+        name, dataset=names[0], model=names[1], folds=folds, budget=budget, timesteps=timesteps
+    )
+    for command, obj in ((extraction, None), (heads, said)):
         click.echo(f"psd {' '.join(command)}")
-        run_within(click.get_current_context(), command)
-    note = published_note(name)
-    if note:
-        click.echo(note)
+        run_within(click.get_current_context(), command, obj)

@@ -90,7 +90,9 @@ def sweep(
     """Train a head for every combination of the settings given, and compare them.
 
     Stores are only read. Each head is a run as `psd train-head` makes it, in OUT/runs; the same
-    command again continues what was interrupted. Leaves table.md, table.csv and plot.png.
+    command again continues what was interrupted. Leaves table.md, table.csv, plot.png and
+    report.html: means over folds and seeds; with --fold or --eval-split also the interval over
+    images, and the difference from the first setting with its paired interval.
 
     \b
     Example:
@@ -106,14 +108,8 @@ def sweep(
     from pathsegdiff.config import ALL_TAPS
     from pathsegdiff.device import available_cores, resolve_device, resolve_precision
     from pathsegdiff.errors import RunError
-    from pathsegdiff.pipeline.sweep import (
-        TABLE_FILES,
-        Grid,
-        default_processes,
-        plan_sweep,
-        run_sweep,
-        write_sweep,
-    )
+    from pathsegdiff.pipeline.sweep import Grid, default_processes, plan_sweep, run_sweep
+    from pathsegdiff.pipeline.sweep_table import TABLE_FILES, write_sweep
 
     place = resolve_device(device)
     wanted = [tap for text in taps or ("all",) for tap in _expanded(text, ALL_TAPS)]
@@ -155,7 +151,7 @@ def sweep(
             run_sweep(planned, processes=processes, done=done)
         finally:
             # Also after Ctrl-C: what is there can be looked at, marked as incomplete.
-            table = write_sweep(out, planned, outcomes) if outcomes else ""
+            table = write_sweep(out, planned, outcomes, ctx.obj) if outcomes else ""
     click.echo(table)
     click.echo(f"{out}: {', '.join(TABLE_FILES)}")
     failed = [outcome for outcome in outcomes if outcome.error]

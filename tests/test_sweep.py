@@ -17,17 +17,19 @@ from PIL import Image
 
 from cli.main import run
 from pathsegdiff.errors import RunError
+from pathsegdiff.evaluation.compare import compare, join, read_scored
+from pathsegdiff.evaluation.intervals import pixel_intervals
 from pathsegdiff.features.writer import open_existing
 from pathsegdiff.pipeline.sweep import (
     Grid,
-    TableRow,
+    Job,
+    Outcome,
+    Point,
     default_processes,
-    markdown,
     plan_sweep,
     run_sweep,
-    varied_axes,
-    write_sweep,
 )
+from pathsegdiff.pipeline.sweep_table import About, TableRow, cells, varied_axes, write_sweep
 from pathsegdiff.segmentation import train
 from tests.helpers_store import build_store
 
@@ -68,6 +70,8 @@ def test_every_combination_is_trained_and_scored_on_validation(store, tmp_path, 
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert table.count("| 2 |") == 4
+    assert "Intervals and paired differences need images that are scored one by one" in table
+    assert "paired 95 %" not in table
     assert table.startswith("| taps | lr | mIoU (validation) |")
     with Image.open(out / "plot.png") as drawn:
         assert drawn.width > 400
@@ -115,6 +119,49 @@ def test_folds_are_held_out_and_averaged(tmp_path):
     mean = sum(outcome.scores["miou"] for outcome in outcomes) / 2
     assert f"| all | {mean:.3f} |" in text
     assert "fold1, fold2" in text
+
+
+def test_settings_are_held_against_one_of_them_image_by_image(tmp_path):
+    path = tmp_path / "folded.zarr"
+    build_store(path, train=8, test=0)
+    grid = Grid(stores=[path], widths=[8], folds=[1, 2], learning_rates=[1e-3, 1e-2], seeds=[0, 1])
+    jobs = plan_sweep(grid, tmp_path / "swept", **SHORT)
+    outcomes = run_sweep(jobs)
+    told = About(
+        title="Rates",
+        notes=("Told.",),
+        reference=("lr", 1e-2),
+        published={1e-3: {"miou": 0.25, "dice": 0.4}},
+        same_data=True,
+    )
+    text = write_sweep(tmp_path / "swept", jobs, outcomes, told)
+    assert text.startswith("# Rates\n\n| lr | mIoU (fold1, fold2) | mIoU published | Dice |")
+    assert "\n- Told.\n" in text
+    header, _, one, other = (
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    )
+    one, other = dict(zip(header, one, strict=True)), dict(zip(header, other, strict=True))
+    images = [
+        join([read_scored(out.job.out) for out in outcomes
+              if (out.job.axes["lr"], out.job.axes["seed"]) == (rate, 0)])
+        for rate in (1e-3, 1e-2)
+    ]  # fmt: skip
+    found = compare(*images).differences["miou"]
+    paired = "mIoU less that of lr 0.01 (paired 95 % interval)"
+    assert one[paired] == f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+    assert other[paired] == ""
+    limits = pixel_intervals(images[1].confusions, groups=images[1].units)["miou"]
+    assert other["mIoU, 95 % interval over images"] == f"{limits.low:.3f} to {limits.high:.3f}"
+    mean = sum(out.scores["miou"] for out in outcomes if out.job.axes["lr"] == 1e-3) / 4
+    assert one["mIoU, ours less published"] == f"{mean - 0.25:+.3f}"
+    assert other["mIoU published"] == other["mIoU, ours less published"] == ""
+    assert one["runs"] == "4"
+    page = (tmp_path / "swept/report.html").read_text()
+    assert page.count("/report.html") == len(jobs) and "Told." in page
+    for link in re.findall('href="([^"]+)"', page):
+        assert (tmp_path / "swept" / link).is_file()
 
 
 def test_processes_side_by_side_give_the_same_heads(store, tmp_path):
@@ -187,21 +234,25 @@ def test_the_table_shows_only_the_axes_that_vary():
     axes = {"data": "d", "model": "m", "t": 50, "condition": "encoder", "dtype": "float16"}
     axes |= {"store": None, "taps": "all"}
     axes |= {"lr": 1e-3, "width": 64, "images": None}
+    point = Point(
+        store="s", taps="all", learning_rate=1e-3, head_width=64, limit=None, fold=None, seed=0
+    )
+    job = Job(
+        point=point, out=Path("nowhere"), axes={"seed": 0}, settings={}, eval_split=None,
+        device="cpu", threads=None,
+    )  # fmt: skip
+    scores = dict.fromkeys(("miou", "dice", "accuracy"), 0.5)
+    done = (Outcome(job=job, part="validation", scores=scores, seconds=90.0),)
     rows = [
-        TableRow(
-            axes={**axes, "t": t, "images": images},
-            runs=1 if t else 0,
-            planned=1,
-            scores={name: [0.5] if t else [] for name in ("miou", "dice", "accuracy")},
-        )
+        TableRow(axes={**axes, "t": t, "images": images}, outcomes=done if t else (), planned=1)
         for t in (0, 50)
         for images in (5, None)
     ]
     assert varied_axes(rows) == ["t", "images"]
-    text = markdown(rows, ["testB"])
-    assert "| t | images | mIoU (testB) |" in text
-    assert "| 0 | 5 |  |  |  |  | 0 of 1, incomplete |" in text
-    assert "| 50 | all | 0.500 |" in text
+    header, first, *_, last = cells(rows, ["testB"], About())
+    assert header[:3] == ["t", "images", "mIoU (testB)"]
+    assert first == ["0", "5", "", "", "", "", "", "0 of 1, incomplete"]
+    assert last == ["50", "all", "0.500", "0.500", "0.500", "", "1.5", "1"]
     assert varied_axes(rows[:1]) == ["taps"]
 
 

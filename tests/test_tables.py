@@ -22,7 +22,6 @@ from pathsegdiff.files import file_sha256
 from pathsegdiff.pipeline.tables import curves, make, rows
 from pathsegdiff.pipeline.tables.columns import columns_of
 from pathsegdiff.pipeline.tables.make import make_runs, missing_things
-from pathsegdiff.pipeline.tables.parameters import parameters_table
 from pathsegdiff.pipeline.tables.published import COLUMNS, MEAN, TABLES
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
 from pathsegdiff.pipeline.tables.write import collect, title_of, write
@@ -460,6 +459,18 @@ def test_an_interrupt_ends_every_command_with_a_checkpoint(folder, tmp_path):
         assert "Traceback" not in logs[seed].read_text()
 
 
+def test_published_rates_stand_beside_ours_of_the_same_data():
+    said = curves.about(
+        "table5", dataset="bcss", model="m", folds=None, budget="full", timesteps=(50,)
+    )
+    assert said.same_data and said.reference == ("lr", 1e-4)
+    assert said.published[1e-4] == {"accuracy": 0.826, "miou": 0.646, "dice": 0.780}
+    assert not any("do not compare" in note for note in said.notes)
+    assert not curves.about(
+        "fig5", dataset="bcss", model="m", folds="0", budget="short", timesteps=(50,)
+    ).published
+
+
 @pytest.mark.parametrize(
     ("name", "options", "lines"),
     [
@@ -490,14 +501,29 @@ def test_curves_are_sweeps_of_stores_that_are_extracted_once(
     said = capsys.readouterr().out
     table = (tmp_path / "c" / "table.md").read_text().splitlines()
     assert len([line for line in table if line.startswith("| ")]) == lines + 2
-    assert ("published (Danisetty et al. 2025, Table 5" in said) == (name == "table5")
+    title = {"fig4": "Figure 4: the", "fig5": "Figure 5: each", "table5": "Table 5: the"}[name]
+    assert table[0].startswith(f"# {title}") and table[0].endswith(", on discs")
+    assert ("not on bcss: the published do not compare" in said) == (name == "table5")
+    assert ("| 0.646 |" in said) == (name == "table5")
+    assert "less published" not in said
+    page = (tmp_path / "c" / "report.html").read_text()
+    assert table[0][2:] in page and "data:image/png;base64," in page
     assert len(list((tmp_path / "c" / "features").glob("*.zarr"))) == (2 if name == "fig4" else 1)
 
 
-def test_parameters_are_counted_in_the_networks():
-    text = parameters_table()
-    assert "| SSL-guided LDM | 478,619,777 | 478,619,777 |" in text
-    assert "| FCN | 17,470,150 | 17,470,150 |" in text
+def test_parameters_are_counted_in_the_networks(tmp_path, capsys):
+    out = tmp_path / "table1"
+    assert run(["reproduce", "table1", "--out", str(out)]) == 0
+    text = (out / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "| SSL-guided LDM | 478,619,777 | 478,619,777 | +0 |" in text
+    assert "| FCN | 17,470,150 | 17,470,150 | +0 |" in text
+    assert "| HIPT | 21,688,704 | 21,665,664 | +23,040 |" in text
+    with (out / "table.csv").open(newline="") as file:
+        assert [len(line) for line in csv.reader(file)] == [4] * 4
+    assert "published" in (out / "report.html").read_text()
+    with Image.open(out / "plot.png") as drawn:
+        assert drawn.width > 400
     counted, printed = re.search(r"\| HIPT \| ([\d,]+) \| ([\d,]+) \|", text).groups()
     difference = int(counted.replace(",", "")) - int(printed.replace(",", ""))
     assert difference == 60 * 384

@@ -5,14 +5,11 @@ so that a sweep continues where it was, and any of its runs can be looked at by 
 meant to be chosen on what a sweep scores by itself, the validation part or held-out folds.
 """
 
-import csv
-import io
 import json
 import math
 import multiprocessing
 import os
 import signal
-import statistics
 import sys
 import threading
 from collections import deque
@@ -31,7 +28,6 @@ from pathsegdiff.config import parse_head_inputs
 from pathsegdiff.device import available_cores, keep_freed_memory
 from pathsegdiff.errors import PathSegDiffError, RunError
 from pathsegdiff.features.store import FeatureStore
-from pathsegdiff.files import replace_file
 from pathsegdiff.interrupt import deferred_interrupt
 from pathsegdiff.segmentation.evaluate import evaluate_run, evaluated_samples
 from pathsegdiff.segmentation.runs import load_run
@@ -39,13 +35,11 @@ from pathsegdiff.segmentation.train import default_run_name, parts_of, plan_sett
 
 #: What is scored, as metrics.json and log.csv name it.
 METRICS = ("miou", "dice", "accuracy")
-#: Axes of a grid in the order of the table's columns; those with one value are left out.
+#: Axes of a grid in the order of the table's columns; those with one value are left out there.
 AXES = ("data", "model", "t", "condition", "dtype", "store", "taps", "lr", "width", "images")
-_NUMBERS = ("t", "lr", "width", "images")
 #: Between two looks at whether Ctrl-C was pressed.
 _LOOK_SECONDS = 0.5
 _INTERRUPTED = 130
-TABLE_FILES = ("table.md", "table.csv", "plot.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,23 +141,6 @@ class Outcome:
     kept_step: int = 0
     seconds: float = 0.0
     error: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableRow:
-    """Runs that differ in fold and seed only.
-
-    Attributes:
-        axes: Values of ``AXES``.
-        runs: Those that were scored.
-        planned: How many there should be.
-        scores: metric -> one value per run.
-    """
-
-    axes: dict[str, Any]
-    runs: int
-    planned: int
-    scores: dict[str, list[float]]
 
 
 def plan_sweep(
@@ -383,61 +360,6 @@ def _evaluated(job: Job, store: FeatureStore) -> tuple[str, dict[str, float]]:
     return part, {name: float(getattr(pooled, name)) for name in METRICS}
 
 
-def table_rows(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> list[TableRow]:
-    """One row per setting, in the order of the jobs, of which some may not have been done."""
-    found: dict[tuple[Any, ...], list[Job]] = {}
-    for job in jobs:
-        found.setdefault(tuple(job.axes[axis] for axis in AXES), []).append(job)
-    by_run = {outcome.job.out: outcome for outcome in outcomes if outcome.scores}
-    rows = []
-    for key, group in found.items():
-        scored = [by_run[job.out] for job in group if job.out in by_run]
-        rows.append(
-            TableRow(
-                axes=dict(zip(AXES, key, strict=True)),
-                runs=len(scored),
-                planned=len(group),
-                scores={m: [outcome.scores[m] for outcome in scored] for m in METRICS},
-            )
-        )
-    return rows
-
-
-def varied_axes(rows: Sequence[TableRow]) -> list[str]:
-    """Axes with more than one value; the taps where there is none."""
-    found = [axis for axis in AXES if len({row.axes[axis] for row in rows}) > 1]
-    return found or ["taps"]
-
-
-def write_sweep(out: Path, jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> str:
-    """Write table.csv (one line per run), table.md and plot.png; return the Markdown."""
-    rows = table_rows(jobs, outcomes)
-    text = markdown(rows, sorted({outcome.part for outcome in outcomes if outcome.part}))
-    replace_file(out / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
-    replace_file(out / "table.csv", lambda file: file.write_text(_csv(outcomes), encoding="utf-8"))
-    replace_file(out / "plot.png", lambda file: _draw(file, rows))
-    return text
-
-
-def markdown(rows: Sequence[TableRow], parts: Sequence[str]) -> str:
-    """A table with the mean over folds and seeds, the range of mIoU, and the number of runs."""
-    axes = varied_axes(rows)
-    scored = "validation" if parts == ["validation"] else ", ".join(parts) or "nothing scored"
-    header = [*axes, f"mIoU ({scored})", "range", "Dice", "accuracy", "runs"]
-    lines = [header, ["---"] * len(header)]
-    for row in rows:
-        cells = [_shown(axis, row.axes[axis]) for axis in axes]
-        for metric in METRICS:
-            values = row.scores[metric]
-            cells.append(f"{statistics.fmean(values):.3f}" if values else "")
-            if metric == "miou":
-                spread = f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else ""
-                cells.append(spread)
-        missing = "" if row.runs == row.planned else f" of {row.planned}, incomplete"
-        lines.append([*cells, f"{row.runs}{missing}"])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def default_processes(device: torch.device) -> int:
     """One per core on a CPU, where a small head gains little from a second thread; else one."""
     return available_cores() if device.type == "cpu" else 1
@@ -488,84 +410,3 @@ def _arguments(point: Point) -> dict[str, Any]:
     del arguments["store"]
     arguments["taps"] = None if point.taps == "all" else parse_head_inputs(point.taps)
     return arguments
-
-
-def _shown(axis: str, value: Any) -> str:
-    if value is None:
-        return "all" if axis == "images" else ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _csv(outcomes: Sequence[Outcome]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [*AXES, "fold", "seed", "part", *METRICS, "kept_step", "seconds", "run", "error"]
-    )
-    for outcome in outcomes:
-        axes = [outcome.job.axes[axis] for axis in (*AXES, "fold", "seed")]
-        scores = [f"{outcome.scores[m]:.6f}" if outcome.scores else "" for m in METRICS]
-        writer.writerow(
-            [
-                *axes,
-                outcome.part,
-                *scores,
-                outcome.kept_step,
-                f"{outcome.seconds:.1f}",
-                outcome.job.out.name,
-                outcome.error,
-            ]
-        )
-    return text.getvalue()
-
-
-def _draw(path: Path, rows: Sequence[TableRow]) -> None:
-    """mIoU against the first axis that varies, a line or a bar for each value of the others."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    axis, *others = varied_axes(rows)
-    series: dict[str, list[TableRow]] = {}
-    for row in rows:
-        if row.runs:
-            label = ", ".join(f"{other} {_shown(other, row.axes[other])}" for other in others)
-            series.setdefault(label, []).append(row)
-    names = list(dict.fromkeys(_shown(axis, row.axes[axis]) for row in rows))
-    figure = Figure(figsize=(max(6.0, 0.62 * len(names) + 2), 3.6), layout="constrained")
-    axes = figure.subplots()
-    numeric = axis in _NUMBERS and all(row.axes[axis] is not None for row in rows)
-    for index, (label, group) in enumerate(series.items()):
-        if numeric:
-            group.sort(key=lambda row: float(row.axes[axis]))
-        means = [statistics.fmean(row.scores["miou"]) for row in group]
-        reach = [
-            [mean - min(row.scores["miou"]) for mean, row in zip(means, group, strict=True)],
-            [max(row.scores["miou"]) - mean for mean, row in zip(means, group, strict=True)],
-        ]
-        if numeric:
-            places = [float(row.axes[axis]) for row in group]
-            axes.errorbar(places, means, yerr=reach, marker="o", capsize=3, label=label or None)
-        else:
-            width = 0.8 / len(series)
-            shift = (index - (len(series) - 1) / 2) * width
-            places = [names.index(_shown(axis, row.axes[axis])) + shift for row in group]
-            axes.bar(places, means, width, yerr=reach, capsize=2, label=label or None)
-    if numeric and axis == "lr":
-        axes.set_xscale("log")
-    if not numeric:
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        low = min((min(row.scores["miou"]) for row in rows if row.runs), default=0.0)
-        axes.set_ylim(bottom=max(0.0, low - 0.1))
-    axes.set(xlabel=_TITLES.get(axis, axis), ylabel="mIoU")
-    axes.grid(axis="y", alpha=0.3)
-    if any(series):
-        axes.legend()
-    FigureCanvasAgg(figure).print_png(str(path))
-
-
-_TITLES = {
-    "t": "diffusion timestep",
-    "lr": "learning rate",
-    "width": "head width",
-    "images": "training images",
-}

@@ -6,15 +6,17 @@ The commands are those that a user would type; ``psd sweep`` leaves table, plot 
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pathsegdiff.features.extract import store_name
 from pathsegdiff.features.stage_one import View
+from pathsegdiff.pipeline.sweep_table import About
 
-#: (accuracy, mIoU, Dice) on the validation part of BCSS, by learning rate (Table 5).
+#: On the validation part of BCSS, by learning rate (Table 5).
 PUBLISHED_RATES = {
-    "1e-3": (0.819, 0.632, 0.769),
-    "1e-4": (0.826, 0.646, 0.780),
-    "1e-5": (0.821, 0.638, 0.774),
+    1e-3: {"accuracy": 0.819, "miou": 0.632, "dice": 0.769},
+    1e-4: {"accuracy": 0.826, "miou": 0.646, "dice": 0.780},
+    1e-5: {"accuracy": 0.821, "miou": 0.638, "dice": 0.774},
 }
 _SHORT = "--steps 200 --batch-size 4 --crop 256 --augment flips --keep last"
 _FULL = "--crop none --batch-size 2"
@@ -82,12 +84,42 @@ def sweep_command(
     return [*command, "--out", str(out)]
 
 
-def published_note(name: str) -> str:
-    """What the paper prints; empty for its figures, which have no numbers."""
-    if name != "table5":
-        return ""
-    rows = "; ".join(
-        f"{rate}: accuracy {accuracy:.3f}, mIoU {miou:.3f}, Dice {dice:.3f}"
-        for rate, (accuracy, miou, dice) in PUBLISHED_RATES.items()
+def about(
+    name: str, *, dataset: str, model: str, folds: str | None, budget: str, timesteps: Sequence[int]
+) -> About:
+    """What the table says beside its figures.
+
+    Args:
+        dataset, model: As their manifest and card say.
+    """
+    title, paper, reference = _CURVES[name]
+    where = f"held-out folds {folds} of its training split" if folds else "its validation part"
+    heads = shlex.join(shlex.split(_SHORT if budget == "short" else _FULL))
+    notes = [
+        f"Ours: model {model} on {dataset}, {where}"
+        + (f", t = {timesteps[0]}" if len(timesteps) == 1 else "")
+        + f"; every head: psd train-head {heads}, or as the rows say.",
+        f"Published: Danisetty et al. 2025, 'PathSegDiff', {paper}.",
+    ]
+    same = name == "table5" and dataset == "bcss"
+    if name == "table5" and not same:
+        notes.append(f"Ours were made on {dataset}, not on bcss: the published do not compare.")
+    return About(
+        title=f"{title}, on {dataset}",
+        notes=tuple(notes),
+        reference=reference,
+        published=PUBLISHED_RATES if name == "table5" else {},
+        same_data=same,
     )
-    return f"published (Danisetty et al. 2025, Table 5, validation of BCSS): {rows}"
+
+
+#: Title, what was published, and the setting that the paper uses.
+_CURVES: dict[str, tuple[str, str, tuple[str, Any]]] = {
+    "fig4": ("Figure 4: the diffusion timestep", "Figure 4, which has no numbers", ("t", 50)),
+    "fig5": ("Figure 5: each block alone", "Figure 5, which has no numbers", ("taps", "all")),
+    "table5": (
+        "Table 5: the learning rate of the head",
+        "Table 5, validation of BCSS, constant rates",
+        ("lr", 1e-4),
+    ),
+}

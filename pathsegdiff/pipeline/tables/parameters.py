@@ -1,11 +1,16 @@
 """Table 1: the parameters of the paper's networks, counted in the networks themselves."""
 
+from functools import partial
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from pathsegdiff.diffusion.presets import PRESETS
 from pathsegdiff.diffusion.taps import plan_taps
 from pathsegdiff.features.layout import TapSpec, plan_levels
+from pathsegdiff.files import replace_file
+from pathsegdiff.pipeline.page import markdown, write_table
 from pathsegdiff.pipeline.tables.published import PARAMETERS
 from pathsegdiff.segmentation.head import PAPER_WIDTH, FCNHead, HeadLevel
 
@@ -18,8 +23,21 @@ _OUTPUTS = 6
 INCEPTION = 21_785_568
 
 
-def parameters_table() -> str:
-    """Markdown: each network of the paper, counted here and as printed."""
+_TITLE = "Table 1: parameters, counted and published"
+
+
+def write_parameters(out: Path) -> str:
+    """Write table.md, table.csv, plot.png and report.html; the Markdown is returned."""
+    lines, notes, counted = count_parameters()
+    picture = out / "plot.png"
+    replace_file(picture, partial(_draw, counted))
+    caption = "Parameters of every network, counted and published"
+    write_table(out, _TITLE, lines, notes, picture, caption)
+    return markdown(lines, notes, _TITLE)
+
+
+def count_parameters() -> tuple[list[list[str]], list[str], dict[str, int]]:
+    """Header and rows, notes, and the count of each network of the paper."""
     preset = PRESETS["paper"]
     with torch.device("meta"):
         parts = preset.build()
@@ -42,22 +60,39 @@ def parameters_table() -> str:
         "SSL-guided LDM": sum(diffusion.values()) + INCEPTION,
         "FCN": _count(head),
     }
-    lines = ["| network | counted | published |", "| --- | --- | --- |"]
+    lines = [["network", "counted", "published", "counted less published"]]
     lines += [
-        f"| {name} | {counted[name]:,} | {published:,} |" for name, published in PARAMETERS.items()
+        [name, f"{counted[name]:,}", f"{published:,}", f"{counted[name] - published:+,}"]
+        for name, published in PARAMETERS.items()
     ]
     sizes = ", ".join(f"{name} {count:,}" for name, count in diffusion.items())
-    lines += [
-        "",
-        f"- SSL-guided LDM: {sizes}, and {INCEPTION:,} of an Inception network that its training "
+    notes = [
+        f"SSL-guided LDM: {sizes}, and {INCEPTION:,} of an Inception network that its training "
         "code builds for FIDs; extraction does not use it and it is not counted here, but added.",
-        "- HIPT: its position table is resized from 14 x 14 to 16 x 16 for patches of 256 px: "
+        "HIPT: its position table is resized from 14 x 14 to 16 x 16 for patches of 256 px: "
         "60 more of 384 numbers.",
-        f"- FCN: {head.channels} input channels, {_OUTPUTS} outputs (five classes and don't care).",
-        "- Published: Danisetty et al. 2025, 'PathSegDiff', Table 1.",
+        f"FCN: {head.channels} input channels, {_OUTPUTS} outputs (five classes and don't care).",
+        "Published: Danisetty et al. 2025, 'PathSegDiff', Table 1.",
     ]
-    return "\n".join(lines) + "\n"
+    return lines, notes, counted
 
 
 def _count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _draw(counted: dict[str, int], file: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for shift, label, values in ((-0.2, "counted", counted), (0.2, "published", PARAMETERS)):
+        places = [place + shift for place in range(len(PARAMETERS))]
+        axes.barh(places, [values[name] / 1e6 for name in PARAMETERS], 0.38, label=label)
+    axes.set_yticks(range(len(PARAMETERS)), list(PARAMETERS))
+    axes.invert_yaxis()
+    axes.set_xlabel("million parameters")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(str(file))

@@ -1,20 +1,15 @@
 """A table of ours beside the published one: Markdown, CSV, a plot, and a page with all of it."""
 
-import csv
-import html
-import io
 import json
-import os
 import statistics
-from base64 import b64encode
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pathsegdiff.errors import MALFORMED, RunError
 from pathsegdiff.evaluation.compare import Scored, compare, join, read_scored
 from pathsegdiff.evaluation.intervals import pixel_intervals
 from pathsegdiff.files import replace_file
+from pathsegdiff.pipeline.page import markdown, write_table
 from pathsegdiff.pipeline.tables.columns import Columns, columns_of
 from pathsegdiff.pipeline.tables.make import is_finished
 from pathsegdiff.pipeline.tables.plots import TableRow, draw_few_labels, draw_rows
@@ -86,27 +81,19 @@ def write(settings: TableSettings) -> str:
     """Write table.md, table.csv, plot.png and report.html; the Markdown is returned."""
     columns, rows = collect(settings)
     lines = _cells(settings, columns, rows)
-    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in ruled)
     notes = notes_of(settings, columns, rows)
+    title = title_of(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
-    whole = f"# {title_of(settings)}\n\n" + text + "\n" + "".join(f"- {note}\n" for note in notes)
-    table = io.StringIO()
-    csv.writer(table).writerows(lines)
     picture = settings.out / "plot.png"
     drawn = columns.plotted, columns.titles[columns.plotted]
     same = settings.dataset_name == TABLES[settings.table].dataset
     replace_file(picture, partial(draw_rows, rows, *drawn, published=same))
     if settings.limits[1:]:
         replace_file(settings.out / FEW_LABELS, partial(draw_few_labels, rows, *drawn))
-    page = _page(settings, lines, notes, picture.read_bytes())
-    for name, content in (
-        ("table.md", whole),
-        ("table.csv", table.getvalue()),
-        ("report.html", page),
-    ):
-        replace_file(settings.out / name, partial(_put, content))
-    return whole
+    reports = sorted(settings.folder.glob("runs/*/eval-*/report.html"))
+    caption = "Every row, ours and published"
+    write_table(settings.out, title, lines, notes, picture, caption, reports=reports)
+    return markdown(lines, notes, title)
 
 
 def title_of(settings: TableSettings) -> str:
@@ -329,32 +316,3 @@ def _number(value: float | None) -> str:
 
 def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.3f}"
-
-
-def _page(settings: TableSettings, lines: list[list[str]], notes: list[str], picture: bytes) -> str:
-    title = html.escape(title_of(settings))
-    encoded = b64encode(picture).decode()
-    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in lines[0])
-    body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
-        for line in lines[1:]
-    )
-    links = "".join(
-        f'<li><a href="{html.escape(os.path.relpath(report, settings.out))}">'
-        f"{html.escape(report.parent.parent.name)}</a></li>"
-        for report in sorted(settings.folder.glob("runs/*/eval-*/report.html"))
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>'
-        "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}"
-        "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3rem "
-        ".5rem;text-align:left}img{max-width:100%}</style></head>"
-        f"<body><h1>{title}</h1><table><tr>{header}</tr>{body}</table>"
-        f'<p><img alt="Every row, ours and published" src="data:image/png;base64,{encoded}">'
-        f"</p><ul>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>"
-        f"<h2>Every run</h2><ul>{links}</ul></body></html>\n"
-    )
-
-
-def _put(content: str, file: Path) -> None:
-    file.write_text(content, encoding="utf-8")

@@ -1,0 +1,94 @@
+"""A table with its plot and notes: Markdown, CSV, and one page of HTML."""
+
+import csv
+import html
+import io
+import os
+from base64 import b64encode
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from pathsegdiff.files import replace_file
+
+
+def write_table(
+    out: Path,
+    title: str,
+    lines: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    picture: Path,
+    caption: str,
+    *,
+    reports: Sequence[Path] = (),
+    rows: Sequence[Sequence[object]] | None = None,
+) -> None:
+    """Write table.md, table.csv and report.html into ``out``.
+
+    Args:
+        title: Of the table; none in the Markdown where it is "".
+        lines: Cells, the header first.
+        notes: Below the table, one item each.
+        picture: A PNG that is there.
+        caption: What it shows, for those who cannot see it.
+        reports: report.html of single runs, RUN/eval-PART/report.html, to be linked.
+        rows: Of the CSV file, where they are others than ``lines``.
+    """
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines if rows is None else rows)
+    page = _page(
+        title or "Heads compared", lines, notes, picture.read_bytes(), caption, reports, out
+    )
+    for name, content in (
+        ("table.md", markdown(lines, notes, title)),
+        ("table.csv", text.getvalue()),
+        ("report.html", page),
+    ):
+        replace_file(out / name, partial(_put, content))
+
+
+def markdown(lines: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
+    """The table, and its notes as a list; arguments as for ``write_table``."""
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    heading = f"# {title}\n\n" if title else ""
+    table = "".join(f"| {' | '.join(line)} |\n" for line in ruled)
+    listed = "".join(f"- {note}\n" for note in notes)
+    return heading + table + (f"\n{listed}" if listed else "")
+
+
+def _put(content: str, file: Path) -> None:
+    file.write_text(content, encoding="utf-8", newline="")
+
+
+def _page(
+    title: str,
+    lines: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    picture: bytes,
+    caption: str,
+    reports: Sequence[Path],
+    folder: Path,
+) -> str:
+    header, *body = (
+        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
+        for tag, line in zip(("th", *["td"] * len(lines)), lines, strict=False)
+    )
+    links = "".join(
+        f'<li><a href="{html.escape(os.path.relpath(report, folder))}">'
+        f"{html.escape(report.parent.parent.name)}</a></li>"
+        for report in reports
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
+        "</title><style>"
+        "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}"
+        "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3rem "
+        ".5rem;text-align:left}img{max-width:100%}</style></head>"
+        f"<body><h1>{html.escape(title)}</h1><table><tr>{header}</tr>"
+        f"{''.join(f'<tr>{line}</tr>' for line in body)}</table>"
+        f'<p><img alt="{html.escape(caption)}" src="data:image/png;base64,'
+        f'{b64encode(picture).decode()}"></p>'
+        f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>"
+        + (f"<h2>Every run</h2><ul>{links}</ul>" if links else "")
+        + "</body></html>\n"
+    )
