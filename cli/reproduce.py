@@ -108,6 +108,12 @@ def _table_options(name: str, dataset: str, model: str, rows: str) -> Decorator:
                 help="Bundle of the model's shapes with random weights, for the row random "
                 "[default: models/PRESET-random, made where missing].",
             ),
+            click.option(
+                "--unconditional",
+                metavar="NAME|BUNDLE",
+                help="A model of its own for the row null [default: the model with the null "
+                "condition].",
+            ),
             click.option("--t", "timestep", type=int, default=50, show_default=True),
             click.option(
                 "--rows",
@@ -281,7 +287,8 @@ def _make(
     chosen = tuple(name.strip() for name in rows.split(","))
     missing = []
     if not table_only:
-        missing = missing_things(others["dataset"], others["data_root"], others["model"], chosen)
+        wanted = {name: others[name] for name in ("dataset", "data_root", "model", "unconditional")}
+        missing = missing_things(rows=chosen, **wanted)
     for line in missing:
         click.echo(f"missing: {line}", err=True)
     if missing:

@@ -369,6 +369,36 @@ def test_what_is_missing_is_listed(tmp_path, monkeypatch, capsys):
     assert "table2 needs 3 more things, listed above" in capsys.readouterr().err
 
 
+def test_an_unconditional_model_of_its_own_stands_in_the_null_row(folder, tmp_path, quick, capsys):
+    other = tmp_path / "other"
+    preset = ["--preset", "micro", "--seed", "1", "--out", str(other)]
+    assert run(["models", "init", *preset]) == 0
+    out = tmp_path / "t"
+    command = ["reproduce", "table4", "--dataset", str(folder / "data" / "discs.toml")]
+    command += ["--model", str(folder / "micro"), "--seeds", "0", "--jobs", "1", "--out", str(out)]
+    both = [*command, "--rows", "conditioned,null", "--unconditional"]
+    assert run([*both, str(tmp_path / "absent")]) == 1
+    assert "missing: --unconditional" in capsys.readouterr().err
+    assert run([*both, str(other)]) == 0
+    extractions = [line for line in quick if line[0] == "extract"]
+    assert [line[line.index("--cond") + 1] for line in extractions] == ["none", "encoder"]
+    assert [line[line.index("--model") + 1] for line in extractions] == [
+        str(other), str(folder / "micro")
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "PathSegDiff-uncond: the bundle micro-seed1, conditioned on nothing." in said
+    read = json.loads((out / "runs/null-seed0/config.json").read_text())
+    assert read["model"]["name"] == "micro-seed1"
+
+    # rows that do not read it may come without it; the row itself may not change its model
+    assert run([*command, "--rows", "conditioned"]) == 0
+    assert run([*command, "--rows", "null"]) == 1
+    assert "made with --unconditional micro-seed1, this asks for None" in capsys.readouterr().err
+    alone = [*command, "--rows", "null", "--unconditional", str(other)]
+    alone[alone.index("--model") + 1] = "absent"
+    assert run(alone) == 0
+
+
 def test_a_model_without_an_encoder_makes_the_null_row_alone(folder, tmp_path, quick, capsys):
     blind = tmp_path / "blind"
     shutil.copytree(folder / "micro", blind)

@@ -92,12 +92,21 @@ class _Running:
 
 
 def missing_things(
-    dataset: str, data_root: Path | None, model: str, rows: Sequence[str]
+    dataset: str,
+    data_root: Path | None,
+    model: str,
+    rows: Sequence[str],
+    unconditional: str | None = None,
 ) -> list[str]:
     """What is not there, each in one line with how to get it; empty where all is."""
     check_rows(rows)
     missing = []
-    if any(ROWS[name].store is not None for name in rows):
+    if unconditional is not None and "null" in rows:
+        try:
+            load_bundle(unconditional)
+        except BundleError as error:
+            missing.append(f"--unconditional {unconditional} ({error})")
+    if any(_reads_model(name, unconditional) for name in rows):
         try:
             bundle = load_bundle(model)
             blind = [name for name in rows if ROWS[name].store in ("encoder", "timesteps")]
@@ -125,6 +134,7 @@ def plan_table(
     eval_split: str | None = None,
     model: str,
     random: Path | None = None,
+    unconditional: str | None = None,
     rows: tuple[str, ...],
     **others: Any,
 ) -> TableSettings:
@@ -141,7 +151,7 @@ def plan_table(
     check_rows(rows)
     name = preset = "none"
     sees = True
-    if any(ROWS[row].store is not None for row in rows):
+    if any(_reads_model(row, unconditional) for row in rows):
         try:
             folder = resolve_bundle(model)
             card, sees = read_card(folder), has_encoder(folder)
@@ -151,6 +161,9 @@ def plan_table(
             if known is None:
                 raise
             name = str(known.get("--model"))
+    null = None
+    if unconditional is not None and "null" in rows:
+        null = read_card(resolve_bundle(unconditional)).name
     settings = TableSettings(
         table=table,
         dataset=dataset,
@@ -162,6 +175,8 @@ def plan_table(
         model_name=name,
         has_encoder=sees,
         random=random or Path("models") / f"{preset}-random",
+        unconditional=unconditional,
+        unconditional_name=null,
         rows=rows,
         **others,
     )
@@ -210,11 +225,17 @@ def is_finished(settings: TableSettings, job: Job) -> bool:
 
 def _signature(settings: TableSettings) -> dict[str, Any]:
     """Of all rows that the folder has seen: networks on images have no model."""
-    known = _known_signature(settings.folder)
+    known = _known_signature(settings.folder) or {}
     found = settings.signature()
-    if known is not None and not settings.stores():
+    if known and found["--model"] == "none":
         found["--model"] = known["--model"]
-    return found
+    return {**known, **found}
+
+
+def _reads_model(row: str, unconditional: str | None) -> bool:
+    """Whether a row needs the table's own model."""
+    store = ROWS[row].store
+    return store is not None and (store != "none" or unconditional is None)
 
 
 def _known_signature(out: Path) -> dict[str, Any] | None:

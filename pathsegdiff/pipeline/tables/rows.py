@@ -22,9 +22,9 @@ class Row:
 
     Attributes:
         title: As the tables name it.
-        store: Whose features it reads: "encoder", "none" (conditions of the model), "random" (the
-            model's shapes with random weights), or "timesteps" (of the ensemble); None for a
-            network on images.
+        store: Whose features it reads: "encoder", "none" (conditions of the model, or an
+            unconditional one), "random" (the model's shapes with random weights), or "timesteps"
+            (of the ensemble); None for a network on images.
         arguments: Of ``train-head``, beside the budget's.
     """
 
@@ -138,6 +138,9 @@ class TableSettings:
         model_name: As its card says.
         has_encoder: Whether it can be conditioned on patches.
         random: Folder of a bundle with the model's shapes and random weights.
+        unconditional: Name or folder of the bundle of the row null; None for the model itself with
+            the null condition.
+        unconditional_name: As its card says.
         timestep: Of the features.
         rows: Names of ``ROWS``.
         seeds, folds, limits: Every combination is run; no fold for the evaluated split. What is
@@ -161,6 +164,8 @@ class TableSettings:
     model_name: str
     has_encoder: bool = True
     random: Path
+    unconditional: str | None = None
+    unconditional_name: str | None = None
     timestep: int = 50
     rows: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -189,6 +194,7 @@ class TableSettings:
             "--budget": f"{self.budget}: {shlex.join(budget.head)}; {shlex.join(budget.baseline)}; "
             f"{shlex.join(budget.ensemble)}",
             "--precision": self.precision,
+            **({"--unconditional": self.unconditional_name} if "none" in self.stores() else {}),
         }
 
     def jobs(self) -> list[Job]:
@@ -216,7 +222,8 @@ class TableSettings:
         if kind == "random":
             return folder / "random.zarr"
         view = View(timestep=timestep, conditioning=kind)
-        return folder / store_name(self.dataset_name, self.model_name, view)
+        model = (kind == "none" and self.unconditional_name) or self.model_name
+        return folder / store_name(self.dataset_name, model, view)
 
     def stores_of(self, row: Row) -> list[Path]:
         """Those that a row reads."""
@@ -246,8 +253,13 @@ class TableSettings:
         rest = [timestep for timestep in TIMESTEPS if timestep != self.timestep]
         if "timesteps" in stores and len(rest) < len(TIMESTEPS):
             stores = stores | {"encoder"}
-        if stores & {"encoder", "none"}:
-            kinds = stores & {"encoder", "none"}
+        kinds = stores & {"encoder", "none"}
+        if "none" in stores and self.unconditional is not None:
+            kinds -= {"none"}
+            out = self.store_of("none", self.timestep)
+            model = ["--model", self.unconditional, "--cond", "none", "--out", str(out)]
+            commands.append([*common, "--t", str(self.timestep), *model])
+        if kinds:
             (condition,) = kinds if len(kinds) == 1 else ("both",)
             out = self.store_of("encoder" if condition == "both" else condition, self.timestep)
             if condition == "both":

@@ -155,11 +155,18 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
         notes.append(f"{table.title.split(':', 1)[0]}: {table.note}.")
     notes += [note for row in rows if (note := _objects_note(row))]
     notes += [
-        f"{row.published.name}: {row.published.note}."
+        f"{row.published.name}: {_published_note(settings, row)}."
         for row in rows
         if row.published is not None and row.published.note
     ]
     return notes
+
+
+def _published_note(settings: TableSettings, row: TableRow) -> str:
+    if row.name == "null" and settings.unconditional is not None:
+        return f"the bundle {settings.unconditional_name}, conditioned on nothing"
+    assert row.published is not None
+    return row.published.note
 
 
 def _reference(rows: list[TableRow]) -> TableRow | None:
