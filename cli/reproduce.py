@@ -382,8 +382,15 @@ def _curve(
     from cli.main import run_within
     from pathsegdiff.data.manifest import open_dataset
     from pathsegdiff.diffusion.bundle import read_card, resolve_bundle
+    from pathsegdiff.errors import DataError
     from pathsegdiff.pipeline.tables.curves import about, extraction_command, sweep_command
+    from pathsegdiff.pipeline.tables.make import missing_things
 
+    missing = missing_things(dataset, data_root, model, ("conditioned",))
+    for line in missing:
+        click.echo(f"missing: {line}", err=True)
+    if missing:
+        raise DataError(f"{name} needs {len(missing)} more things, listed above")
     opened = open_dataset(dataset, data_root=data_root)
     split = opened.manifest.default_train
     timesteps = tuple(dict.fromkeys(_numbers(click.get_current_context(), None, t)))

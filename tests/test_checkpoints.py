@@ -253,6 +253,10 @@ def test_averaged_weights_are_taken_on_request(tmp_path, project):
     ema = report.bundle.load()
     assert torch.equal(plain.unet.conv_out.weight, state[name])
     assert torch.equal(ema.unet.conv_out.weight, averaged[name])
+    more = {"model_ema.diffusion_modelextraweight": torch.zeros(2)}
+    files = write_files(tmp_path / "files", project, {**state, **flat, **more})
+    with pytest.raises(BundleError, match=r"1 tensor surplus: model_ema\.diffusion_modelextra"):
+        import_bundle(**files, out=tmp_path / "c", ema=True)
     del flat["model_ema.diffusion_modelout2weight"]
     files = write_files(tmp_path / "files", project, {**state, **flat})
     with pytest.raises(

@@ -571,6 +571,15 @@ def test_a_model_whose_encoder_nobody_may_pass_on_is_pulled_with_and_without_it(
     assert sha256_of(zoom) in load_bundle("models/whole").card.provenance["encoder"]
 
 
+def test_files_that_an_earlier_version_kept_are_named(capsys, zoom, server, tmp_path):
+    kept = tmp_path / "models/zoom"
+    kept.mkdir(parents=True)
+    (kept / "config.yaml").write_text("kept")
+    code, _, err = psd(capsys, "-q", "models", "pull", "zoom", "--accept-licence")
+    assert code == 1 and not server.asked
+    assert "zoom holds config.yaml and no bundle: remove it, or make a bundle of these" in err
+
+
 def test_an_encoder_for_a_model_that_brings_its_own_is_refused(capsys, small, tmp_path):
     code, _, err = psd(capsys, "-q", "models", "pull", "small", "--encoder", tmp_path)
     assert (code, err) == (1, "Error: small takes no --encoder: leave it out\n")

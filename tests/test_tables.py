@@ -97,11 +97,17 @@ def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path,
     assert found["HIPT"].mean("miou") == metrics["miou"]
     assert found["HIPT"].difference("miou") == pytest.approx(metrics["miou"] - 0.591)
     assert found["MedSegDiff"].mean("miou") is None
-    assert "| MedSegDiff |  |  |  |  |  | 0.778 |  | 0.852 |  |  |  |  | published only |" in text
+    assert (
+        "| MedSegDiff |  |  |  |  |  |  | 0.778 |  | 0.852 |  |  |  |  | published only |" in text
+    )
     seconds = json.loads((out / "runs/tokens-seed0/result.json").read_text())["seconds"]
-    (line,) = (line for line in text.splitlines() if line.startswith("| HIPT |"))
+    (line,) = (
+        line for line in text.splitlines() if line.startswith("| HIPT | encoder tokens alone |")
+    )
     assert f" {seconds / 60:.1f} | 1 of 1 |" in line
-    assert "Minutes of training are of one run, its mean, on cpu (" in text
+    assert "Minutes of training are by the clock, of one run, its mean, on cpu (" in text
+    model = json.loads((out / "runs/tokens-seed0/config.json").read_text())["model"]
+    assert f"model micro, sha256 {model['sha256'][:12]};" in text and "Seeds: 0; fewer" in text
     assert "not on glas: they do not compare" in text
     with (out / "table.csv").open(newline="") as file:
         assert len(list(csv.reader(file))) == 9
@@ -262,7 +268,7 @@ def test_table_3_is_of_single_classes_and_takes_the_runs_of_table_2(
     names = [one["name"] for one in sorted(metrics["per_class"], key=lambda one: -one["pixels"])]
     title, _, header, _, *lines = text.splitlines()
     assert title == "# Table 3 on discs, not bcss: a stand-in"
-    assert header.startswith(f"| row | IoU {names[0]} ours | IoU {names[1]} ours |")
+    assert header.startswith(f"| row | ours is | IoU {names[0]} ours | IoU {names[1]} ours |")
     (ours,) = [line for line in lines if line.startswith("| PathSegDiff |")]
     assert f"{metrics['per_class'][0]['iou']:.3f}" in ours
     assert f"{metrics['miou']:.3f}" in ours and "0.710" not in ours
@@ -392,11 +398,37 @@ def test_an_unconditional_model_of_its_own_stands_in_the_null_row(folder, tmp_pa
 
     # rows that do not read it may come without it; the row itself may not change its model
     assert run([*command, "--rows", "conditioned"]) == 0
+    later = [*command[:-1], str(tmp_path / "later"), "--rows"]
+    assert run([*later, "conditioned"]) == 0
+    assert run([*later, "conditioned,null", "--unconditional", str(other)]) == 0
     assert run([*command, "--rows", "null"]) == 1
     assert "made with --unconditional micro-seed1, this asks for None" in capsys.readouterr().err
     alone = [*command, "--rows", "null", "--unconditional", str(other)]
     alone[alone.index("--model") + 1] = "absent"
     assert run(alone) == 0
+
+
+def test_runs_of_another_model_of_the_same_name_are_refused(folder, tmp_path, quick, capsys):
+    command = ["reproduce", "table4", "--dataset", str(folder / "data" / "discs.toml")]
+    command += [
+        "--rows",
+        "conditioned",
+        "--seeds",
+        "0",
+        "--jobs",
+        "1",
+        "--out",
+        str(tmp_path / "t"),
+    ]
+    assert run([*command, "--model", str(folder / "micro")]) == 0
+    other = tmp_path / "micro"
+    assert run(["models", "init", "--preset", "micro", "--seed", "1", "--out", str(other)]) == 0
+    card = other / "model.json"
+    card.write_text(card.read_text().replace("micro-seed1", "micro"))
+    capsys.readouterr()
+    assert run([*command, "--model", str(other)]) == 1
+    said = capsys.readouterr().err
+    assert "conditioned-seed0 was made with another model of this name: sha256" in said
 
 
 def test_a_model_without_an_encoder_makes_the_null_row_alone(folder, tmp_path, quick, capsys):

@@ -56,7 +56,7 @@ def zoom(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoom")
     settings, state, files = write_zoom(folder / "files", zoom_project())
     import_bundle(**files, out=folder / "bundle")
-    import_bundle(**{**files, "encoder": None}, out=folder / "null")
+    import_bundle(**{**files, "encoder": None, "encoder_config": None}, out=folder / "null")
     return folder, settings, state, files
 
 
@@ -218,6 +218,18 @@ def test_a_model_without_an_encoder_knows_the_null_condition_only(
     assert "none: --cond none is all that the model can do" in shown and "65 tokens" in shown
 
 
+def test_a_folder_called_as_an_encoder_is_not_taken_for_its_description(
+    zoom, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("uni").mkdir()
+    files = {**zoom[3], "encoder_config": Path("uni")}
+    with pytest.raises(BundleError, match="takes vectors of 24, the encoder gives 1024"):
+        import_bundle(**files, out=Path("b"))
+    with pytest.raises(BundleError, match="--encoder-config uni describes no encoder: none is"):
+        import_bundle(**{**files, "encoder": None}, out=Path("b"))
+
+
 def test_uni_has_the_shape_that_timm_gives_it():
     with torch.device("meta"):
         ours = PatchEncoder(NAMED_ENCODERS["uni"]).network
@@ -259,6 +271,8 @@ def test_settings_that_earlier_bundles_lack_are_not_written_where_they_are_not_s
     assert written["qkv_bias"] is True
     with pytest.raises(BundleError, match="input_size 200 is no multiple of patch_size 16"):
         EncoderConfig.from_dict({"input_size": 200}, "x")
+    with pytest.raises(BundleError, match="input_size 272 makes more than 64 x 64 patches of 2 px"):
+        EncoderConfig.from_dict({"patch_size": 2, "image_size": 128, "input_size": 272}, "x")
     with pytest.raises(BundleError, match="input_size must be 1 to 4096"):
         EncoderConfig.from_dict({"input_size": 10**9}, "x")
 

@@ -70,6 +70,8 @@ IGNORED_PREFIXES = (
     "first_stage_model.model_ema.",
     "cond_stage_model_ema.",
 )
+#: The UNet's averaged weights among them, which --ema takes.
+_AVERAGED_PREFIX = "model_ema.diffusion_model"
 #: Buffers that CompVis' DDPM registers; the YAML says the same, which is checked for the schedule.
 # fmt: off
 IGNORED_BUFFERS = frozenset({
@@ -141,6 +143,8 @@ def import_bundle(
     check_new_folder(out)
     settings = read_project(project)
     described: AnyEncoderConfig
+    if encoder is None and encoder_config is not None:
+        raise BundleError(f"--encoder-config {encoder_config} describes no encoder: none is given")
     if encoder is None:
         described = NoEncoderConfig(embed_dim=settings.patch_embed_dim, image_size=PATCH_PX)
     else:
@@ -306,7 +310,7 @@ def _described(file: Path | None) -> Any:
     """What the user says of the encoder's shape, unchecked."""
     if file is None:
         return {}
-    if str(file) in NAMED_ENCODERS and not file.exists():
+    if str(file) in NAMED_ENCODERS:  # a file of such a name is ./uni
         return NAMED_ENCODERS[str(file)].to_dict()
     return read_json(file)
 
@@ -377,15 +381,15 @@ def _unet_tensors(
         return plain
     # LitEma registers buffers, whose names may have no dots
     names = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in expected}
-    averaged = {name: tensors[flat] for name, flat in names.items() if flat in tensors}
+    averaged = {name: ref for name, ref in tensors.items() if name.startswith(_AVERAGED_PREFIX)}
     if not averaged:
         raise BundleError(f"{path} has no averaged weights (model_ema.); leave --ema out")
     check_tensors(
         {names[name]: shape for name, shape in expected.items()},
-        {names[name]: ref.shape for name, ref in averaged.items()},
+        {name: ref.shape for name, ref in averaged.items()},
         str(path),
     )
-    return averaged
+    return {name: averaged[flat] for name, flat in names.items()}
 
 
 def _leftovers(
@@ -399,7 +403,7 @@ def _leftovers(
     counts: dict[str, int] = {}
     unknown = []
     for name in tensors:
-        if ema and name.startswith("model_ema.diffusion_model"):
+        if ema and name.startswith(_AVERAGED_PREFIX):
             continue
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is not None:

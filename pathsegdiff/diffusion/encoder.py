@@ -122,6 +122,11 @@ class EncoderConfig:
                 raise BundleError(
                     f"{where}: {name} {size} is no multiple of patch_size {config.patch_size}"
                 )
+            if size is not None and size > _LARGEST_GRID * config.patch_size:
+                raise BundleError(
+                    f"{where}: {name} {size} makes more than {_LARGEST_GRID} x {_LARGEST_GRID} "
+                    f"patches of {config.patch_size} px"
+                )
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,6 +148,10 @@ _LARGEST = {
     "image_size": 4096,
     "input_size": 4096,
 }
+
+
+#: Patches along one side: attention is quadratic in their number.
+_LARGEST_GRID = 64
 
 
 def _check_triple(values: Any, name: str, where: str) -> None:

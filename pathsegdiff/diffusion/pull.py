@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pathsegdiff.diffusion.bundle import (
+    CARD_FILE,
     check_new_folder,
     has_encoder,
     load_bundle,
@@ -228,6 +229,12 @@ def plan_pull(
     try:
         check_new_folder(folder)
     except BundleError:
+        kept = [file.name for file in source.files if (folder / file.name).exists()]
+        if kept and not (folder / CARD_FILE).exists():
+            raise BundleError(
+                f"{folder} holds {', '.join(kept)} and no bundle: remove it, or make a bundle of "
+                "these files elsewhere with `psd models import`"
+            ) from None
         bundle = load_bundle(folder.absolute())
         if encoder is not None and not has_encoder(bundle.path):
             raise BundleError(
@@ -259,6 +266,7 @@ def pull_model(plan: PullPlan, report: Report) -> list[str]:
         try:
             if source.encoder_config:
                 files["encoder"] = plan.encoder
+            if plan.encoder is not None:
                 files["encoder_config"] = Path(source.encoder_config)
             result = import_bundle(
                 **files,  # type: ignore[arg-type]  # paths, by the names of the arguments

@@ -18,6 +18,8 @@ from pathsegdiff.evaluation.intervals import Interval, Statistics, paired_differ
 
 METRICS_FILE = "metrics.json"
 PRIMARY = ("accuracy", "dice", "miou", "f1")
+#: The mean IoU of the classes that were asked for.
+CLASSES = "classes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +124,28 @@ def join(scored: Sequence[Scored]) -> Scored:
     )
 
 
-def compare(first: Scored, second: Scored, *, draws: int = 2000, seed: int = 0) -> Comparison:
+def mean_over(names: Sequence[str], classes: Sequence[str]) -> Statistics:
+    """``CLASSES``: the mean IoU of some classes, from (..., K, K) counts with these names."""
+    places = [list(names).index(name) for name in classes]
+
+    def statistics(sums: np.ndarray) -> dict[str, np.ndarray]:
+        return {CLASSES: class_statistics(sums)["iou"][..., places].mean(axis=-1)}
+
+    return statistics
+
+
+def compare(
+    first: Scored,
+    second: Scored,
+    *,
+    classes: Sequence[str] = (),
+    draws: int = 2000,
+    seed: int = 0,
+) -> Comparison:
     """Hold two evaluations against each other.
 
     Args:
+        classes: Whose mean IoU is compared as well, as ``CLASSES``; none for not.
         draws, seed: Of the bootstrap.
 
     Raises:
@@ -154,7 +174,8 @@ def compare(first: Scored, second: Scored, *, draws: int = 2000, seed: int = 0) 
 
     def pooled(sums: np.ndarray) -> dict[str, np.ndarray]:
         found = pooled_statistics(sums)
-        return {name: found[name] for name in PRIMARY}
+        more = mean_over(first.names, classes)(sums) if classes else {}
+        return {**{name: found[name] for name in PRIMARY}, **more}
 
     def both(statistics: Statistics) -> dict[str, tuple[float, float]]:
         one, other = (statistics(sums.sum(axis=0)) for sums in (first.confusions, theirs))

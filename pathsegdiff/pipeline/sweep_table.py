@@ -34,7 +34,7 @@ class About:
         notes: For its readers.
         reference: (axis, value) of the setting that the others are held against; None for the
             first one.
-        published: Figures of ``METRICS`` by the value of the axis that varies; empty where there
+        published: Figures of ``METRICS`` by the value of the reference's axis; empty where there
             are none.
         same_data: Whether they were published for the data that is scored here.
     """
@@ -54,11 +54,13 @@ class TableRow:
         axes: Values of ``AXES``.
         outcomes: Of the runs that were scored.
         planned: How many there should be.
+        seed: The first one of the sweep.
     """
 
     axes: dict[str, Any]
     outcomes: tuple[Outcome, ...]
     planned: int
+    seed: int = 0
 
     def scores(self, metric: str) -> list[float]:
         """One value per run."""
@@ -66,17 +68,14 @@ class TableRow:
 
     @cached_property
     def scored(self) -> Scored | None:
-        """The images of the first seed, of all folds; None where only validation was scored."""
-        seeds = [outcome.job.axes["seed"] for outcome in self.outcomes]
+        """The images of the first seed, of all its folds that are there.
+
+        None where it was not run, only validation was scored, or an older version scored it.
+        """
+        first = [one for one in self.outcomes if one.job.axes["seed"] == self.seed]
         try:
-            return join(
-                [
-                    read_scored(outcome.job.out, outcome.part)
-                    for outcome, seed in zip(self.outcomes, seeds, strict=True)
-                    if seed == seeds[0]
-                ]
-            )
-        except (RunError, IndexError):
+            return join([read_scored(one.job.out, one.part) for one in first]) if first else None
+        except RunError:
             return None
 
 
@@ -118,6 +117,7 @@ def table_rows(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> list[TableRo
             axes=dict(zip(AXES, key, strict=True)),
             outcomes=tuple(by_run[job.out] for job in group if job.out in by_run),
             planned=len(group),
+            seed=jobs[0].axes["seed"],
         )
         for key, group in found.items()
     ]
@@ -145,15 +145,18 @@ def cells(rows: Sequence[TableRow], parts: Sequence[str], about: About) -> list[
     if about.published and about.same_data:
         header.append("mIoU, ours less published")
     reference = _reference(rows, about)
-    compared = len(rows) > 1 and reference is not None and reference.scored is not None
+    compared = _is_compared(rows, about)
+    known = any(row.scored is not None for row in rows)
     if compared:
         header.append(f"mIoU less that of {_name(reference, axes)} (paired 95 % interval)")
     header.append("mIoU, lowest to highest run")
-    if compared:
+    if known:
         header.append("mIoU, 95 % interval over images")
     lines = [[*header, "minutes of training", "runs"]]
     for row in rows:
-        printed = about.published.get(row.axes[axes[0]], {})
+        printed: Mapping[str, float] = {}
+        if about.reference is not None:
+            printed = about.published.get(row.axes[about.reference[0]], {})
         line = [_shown(axis, row.axes[axis]) for axis in axes]
         for metric in METRICS:
             line.append(_mean(row.scores(metric)))
@@ -164,7 +167,7 @@ def cells(rows: Sequence[TableRow], parts: Sequence[str], about: About) -> list[
             line.append("" if row is reference else _paired(row, reference))
         values = row.scores("miou")
         line.append(f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "")
-        if compared:
+        if known:
             line.append(_between(row))
         seconds = [outcome.seconds for outcome in row.outcomes]
         line.append(f"{statistics.fmean(seconds) / 60:.1f}" if seconds else "")
@@ -179,6 +182,12 @@ def _reference(rows: Sequence[TableRow], about: About) -> TableRow | None:
         return rows[0] if rows else None
     axis, value = about.reference
     return next((row for row in rows if row.axes[axis] == value), None)
+
+
+def _is_compared(rows: Sequence[TableRow], about: About) -> bool:
+    """Whether there is something to hold against the reference, image by image."""
+    reference = _reference(rows, about)
+    return len(rows) > 1 and reference is not None and reference.scored is not None
 
 
 def _name(row: TableRow | None, axes: Sequence[str]) -> str:
@@ -206,16 +215,22 @@ def _between(row: TableRow) -> str:
 
 def _notes(rows: Sequence[TableRow], outcomes: Sequence[Outcome], about: About) -> list[str]:
     notes = []
-    reference = _reference(rows, about)
-    if len(rows) > 1 and reference is not None and reference.scored is not None:
+    if any(row.scored is not None for row in rows):
         notes.append(
             "Figures are means over the runs of a setting; intervals and paired differences are of "
             "the first seed, a bootstrap over the images of all its folds."
         )
-    elif len(rows) > 1:
+    elif any(one.part == "validation" for one in outcomes):
         notes.append(
             "Intervals and paired differences need images that are scored one by one: --fold or "
             "--eval-split."
+        )
+    if any(row.outcomes and row.scored is None for row in rows) and any(
+        one.part not in ("", "validation") for one in outcomes
+    ):
+        notes.append(
+            "Without interval: no run of the first seed, or scored by an older version (delete its "
+            "eval folder and run this again)."
         )
     if any(len(row.outcomes) < row.planned for row in rows):
         notes.append("Incomplete: runs are missing; the same command goes on with them.")

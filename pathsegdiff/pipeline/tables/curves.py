@@ -94,7 +94,9 @@ def about(
     """
     title, paper, reference = _CURVES[name]
     where = f"held-out folds {folds} of its training split" if folds else "its validation part"
-    heads = shlex.join(shlex.split(_SHORT if budget == "short" else _FULL))
+    heads = _FULL
+    if budget == "short":
+        heads = _SHORT if name == "table5" else f"{_SHORT} {_RATE}"
     notes = [
         f"Ours: model {model} on {dataset}, {where}"
         + (f", t = {timesteps[0]}" if len(timesteps) == 1 else "")

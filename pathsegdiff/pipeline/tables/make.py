@@ -23,10 +23,10 @@ from pathsegdiff.diffusion.bundle import (
     read_card,
     resolve_bundle,
 )
-from pathsegdiff.errors import BundleError, DataError, RunError
+from pathsegdiff.errors import MALFORMED, BundleError, DataError, RunError
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.pipeline.tables.rows import ROWS, Job, TableSettings, check_rows
-from pathsegdiff.segmentation.runs import RESULT_FILE, write_json
+from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE, write_json
 
 Log = Callable[[str], None]
 _PAPERS_WEIGHTS = (
@@ -150,20 +150,29 @@ def plan_table(
     manifest = load_manifest(dataset)
     check_rows(rows)
     name = preset = "none"
-    sees = True
+    sees, digest = True, None
     if any(_reads_model(row, unconditional) for row in rows):
         try:
             folder = resolve_bundle(model)
             card, sees = read_card(folder), has_encoder(folder)
             name, preset = card.name, _PRESETS.get(card.num_channels, "none")
+            digest = card.sha256
         except BundleError:  # a table of finished runs needs no bundle
             known = _known_signature(others.get("work") or others["out"])
             if known is None:
                 raise
             name = str(known.get("--model"))
-    null = None
+    null = null_digest = None
     if unconditional is not None and "null" in rows:
-        null = read_card(resolve_bundle(unconditional)).name
+        try:
+            other = read_card(resolve_bundle(unconditional))
+            null, null_digest = other.name, other.sha256
+        except BundleError:
+            null = (_known_signature(others.get("work") or others["out"]) or {}).get(
+                "--unconditional"
+            )
+            if null is None:
+                raise
     settings = TableSettings(
         table=table,
         dataset=dataset,
@@ -177,6 +186,8 @@ def plan_table(
         random=random or Path("models") / f"{preset}-random",
         unconditional=unconditional,
         unconditional_name=null,
+        model_sha256=digest,
+        unconditional_sha256=null_digest,
         rows=rows,
         **others,
     )
@@ -259,11 +270,35 @@ def _refuse_another(settings: TableSettings) -> None:
     for option, ours in settings.signature().items():
         theirs = known.get(option)
         unknown = option == "--model" and "none" in (ours, theirs)
+        if option == "--unconditional" and option not in known:
+            unknown = not any((settings.folder / "runs").glob("null-*"))
         if ours != theirs and not unknown:
             raise RunError(
                 f"{settings.folder} was made with {option} {theirs}, this asks for {ours}; choose "
                 "another --out" + ("" if settings.work is None else ", and --runs")
             )
+    for job in settings.jobs():
+        _refuse_another_model(settings, job)
+
+
+def _refuse_another_model(settings: TableSettings, job: Job) -> None:
+    """A name is not enough: another model may bear it."""
+    kind = ROWS[job.row].store
+    ours = settings.model_sha256
+    if kind == "none" and settings.unconditional is not None:
+        ours = settings.unconditional_sha256
+    if kind not in ("encoder", "none") or ours is None or not is_finished(settings, job):
+        return
+    file = settings.run(job) / CONFIG_FILE
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))["model"]["sha256"]
+    except (OSError, *MALFORMED):
+        return  # the table will say that it is damaged
+    if theirs != ours:
+        raise RunError(
+            f"{settings.run(job)} was made with another model of this name: sha256 {theirs!s:.12}, "
+            f"this asks for {ours:.12}; choose another --out"
+        )
 
 
 def _wait(futures: Sequence[Future[None]], interrupt: Interrupt) -> None:

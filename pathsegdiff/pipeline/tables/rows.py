@@ -36,7 +36,7 @@ class Row:
 #: By name; that of a network on images is the one of ``psd baseline``.
 ROWS = {
     "conditioned": Row(title="PathSegDiff", store="encoder"),
-    "null": Row(title="PathSegDiff, null conditioning", store="none"),
+    "null": Row(title="null conditioning", store="none"),
     "tokens": Row(title="encoder tokens alone", store="encoder", arguments=("--taps", "tokens")),
     "both": Row(title="taps and tokens", store="encoder", arguments=("--taps", "all,tokens")),
     "random": Row(title="same shapes, random weights", store="random"),
@@ -75,7 +75,8 @@ BUDGETS = {
         name="short",
         text="a head 200 steps of 4 crops of 256 px, a network on images 200 steps of 4 whole "
         "images at 512 px, the last weights of a cosine; the pixel classifiers 3000 steps of 64 "
-        "pixels each; every training image trains",
+        "pixels each; every training image trains, so nothing is chosen on validation: networks "
+        "have their usual learning rates",
         head=tuple(
             shlex.split(
                 f"{_SHORT} --batch-size 4 --steps 200 --crop 256 --lr 1e-3 --schedule cosine "
@@ -141,6 +142,7 @@ class TableSettings:
         unconditional: Name or folder of the bundle of the row null; None for the model itself with
             the null condition.
         unconditional_name: As its card says.
+        model_sha256, unconditional_sha256: Of the bundles, None where one is not there.
         timestep: Of the features.
         rows: Names of ``ROWS``.
         seeds, folds, limits: Every combination is run; no fold for the evaluated split. What is
@@ -166,6 +168,8 @@ class TableSettings:
     random: Path
     unconditional: str | None = None
     unconditional_name: str | None = None
+    model_sha256: str | None = None
+    unconditional_sha256: str | None = None
     timestep: int = 50
     rows: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -5,22 +5,33 @@ import statistics
 from functools import partial
 from typing import Any
 
+from pathsegdiff import __version__
 from pathsegdiff.errors import MALFORMED, RunError
-from pathsegdiff.evaluation.compare import Scored, compare, join, read_scored
-from pathsegdiff.evaluation.intervals import pixel_intervals
+from pathsegdiff.evaluation.compare import (
+    CLASSES,
+    Scored,
+    compare,
+    join,
+    mean_over,
+    read_scored,
+)
+from pathsegdiff.evaluation.intervals import bootstrap, pixel_statistics
 from pathsegdiff.files import replace_file
 from pathsegdiff.pipeline.page import markdown, write_table
 from pathsegdiff.pipeline.tables.columns import Columns, columns_of
 from pathsegdiff.pipeline.tables.make import is_finished
 from pathsegdiff.pipeline.tables.plots import TableRow, draw_few_labels, draw_rows
-from pathsegdiff.pipeline.tables.published import TABLES
+from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
 from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE
 from pathsegdiff.segmentation.splits import source_of_window
 
 FEW_LABELS = "few_labels.png"
-#: Of ``psd compare``: what paired differences are of.
-_COMPARED = "miou"
+#: As ``psd models pull`` names it.
+_PAPERS_MODEL = "ssl-ldm-brca"
+#: Of the budget that is called short (docs/reproduction.md).
+_SHORT_MINUTES = 15
+_SEEDS = 3
 
 
 def collect(settings: TableSettings) -> tuple[Columns, list[TableRow]]:
@@ -112,12 +123,20 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
     table = TABLES[settings.table]
     budget = BUDGETS[settings.budget]
     notes = [
-        f"Ours: model {settings.model_name}, t = {settings.timestep}; {budget.text}. The paper "
+        f"Ours: {_features(settings)}{budget.text}. The paper "
         "states neither batch size, epochs nor augmentation.",
+        *_seeds(settings, rows),
         "Published figures: Danisetty et al. 2025, 'PathSegDiff', "
         f"{table.title.split(':', 1)[0]}; ours are pooled over the scored images, unweighted mean "
-        "over classes; the interval is a bootstrap over the images of the first seed's runs.",
+        "over classes; the interval is a bootstrap over the images of the first seed's runs. Rows "
+        "without runs are as printed there.",
     ]
+    if settings.model_name not in ("none", _PAPERS_MODEL):
+        notes.append(
+            f"Rows of features read those of {settings.model_name}, not of the paper's model "
+            f"({_PAPERS_MODEL}) with HIPT's encoder: they differ from the published by the model "
+            "too."
+        )
     if settings.dataset_name != table.dataset:
         notes.append(
             f"Ours were made on {settings.dataset_name}, not on {table.dataset}: they do not "
@@ -132,8 +151,15 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
     devices = sorted({run["device"] for row in rows for run in row.runs})
     if devices:
         notes.append(
-            f"Minutes of training are of one run, its mean, on {' or '.join(devices)}; without "
-            "extraction, which is done once for all rows of features."
+            f"Minutes of training are by the clock, of one run, its mean, on "
+            f"{' or '.join(devices)}, as many runs side by side as there were jobs; the choice of "
+            "a learning rate is in, extraction is not (once for all rows of features)."
+        )
+    long = [row.title for row in rows if _mean_minutes(row) > _SHORT_MINUTES]
+    if long and settings.budget == "short":
+        notes.append(
+            f"Longer than the {_SHORT_MINUTES} minutes that a run should take, for the same steps "
+            f"as the others: {', '.join(long)}."
         )
     incomplete = [row.title for row in rows if len(row.runs) < row.planned]
     if incomplete:
@@ -163,9 +189,9 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
 
 
 def _published_note(settings: TableSettings, row: TableRow) -> str:
-    if row.name == "null" and settings.unconditional is not None:
-        return f"the bundle {settings.unconditional_name}, conditioned on nothing"
     assert row.published is not None
+    if row.published.ours == "null" and settings.unconditional is not None:
+        return f"the bundle {settings.unconditional_name}, conditioned on nothing"
     return row.published.note
 
 
@@ -201,13 +227,15 @@ def _read_run(settings: TableSettings, job: Job) -> dict[str, Any]:
             json.loads(part.read_text(encoding="utf-8"))
             for part in (file, run / CONFIG_FILE, run / RESULT_FILE)
         )
-        for table in TABLES.values():  # what is not there shall be missed here
-            columns_of(table, same_dataset=False, metrics=[found]).figures(found)
+        seconds = float(result["seconds"])
+        for pilot in run.parent.glob(f"{run.name}-pilot-*/{RESULT_FILE}"):
+            seconds += float(json.loads(pilot.read_text(encoding="utf-8"))["seconds"])
         return {
             **found,
-            "intervals": dict(found["intervals"]),
+            **_figures(found),
             "training_images": _images(config),
-            "training_minutes": float(result["seconds"]) / 60,
+            "model": _model(config),
+            "training_minutes": seconds / 60,
             "device": str(result["device"]),
             "path": str(file),
             "seed": job.seed,
@@ -217,6 +245,29 @@ def _read_run(settings: TableSettings, job: Job) -> dict[str, Any]:
         raise RunError(
             f"{run} is damaged ({reason:.300}); delete it and make the table again"
         ) from None
+
+
+def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the tables show of metrics.json, each of its kind."""
+
+    def number(value: Any) -> float | None:
+        return None if value is None else float(value)
+
+    objects = metrics.get("objects")
+    return {
+        **{column: number(metrics[column]) for column in COLUMNS},
+        "per_class": [
+            {"name": str(one["name"]), "iou": number(one["iou"]), "pixels": int(one["pixels"])}
+            for one in metrics["per_class"]
+        ],
+        "objects": objects and {name: float(objects[name]) for name in ("dice", "f1")},
+    }
+
+
+def _model(config: dict[str, Any]) -> tuple[str, str] | None:
+    """Name and hash of the model whose features a head reads."""
+    model = config.get("model")
+    return None if model is None else (str(model["name"]), str(model["sha256"]))
 
 
 def _images(config: dict[str, Any]) -> int:
@@ -235,10 +286,11 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
     lines = [
         [
             "row",
+            "ours is",
             *(["images"] if few else []),
             *(f"{title} {kind}" for title in columns.titles.values() for kind in kinds),
             *([] if other else [f"{plotted}, ours less paper"]),
-            "mIoU less PathSegDiff's here (paired 95 % interval)",
+            f"{plotted} less PathSegDiff's here (paired 95 % interval)",
             f"{plotted}, lowest to highest run",
             f"{plotted}, 95 % interval over images",
             "minutes of training",
@@ -258,11 +310,12 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
         lines.append(
             [
                 row.title,
+                _what(settings, row),
                 *(images if few else []),
                 *values,
                 *([] if other else [_signed(row.difference(columns.plotted))]),
-                _less_ours(row, ours),
-                *_spread(row, columns.plotted),
+                _less_ours(row, ours, columns),
+                *_spread(row, columns),
                 _minutes(row),
                 _complete(row),
             ]
@@ -275,39 +328,69 @@ def _scored(row: TableRow) -> Scored:
     return join([read_scored(path) for path in row.first_seed()])
 
 
-def _less_ours(row: TableRow, ours: TableRow | None) -> str:
+def _what(settings: TableSettings, row: TableRow) -> str:
+    """Of a row with a published name."""
+    if not row.planned or row.title == ROWS[row.name].title:
+        return ""
+    if row.name == "null" and settings.unconditional is not None:
+        return f"the unconditional model {settings.unconditional_name}"
+    return ROWS[row.name].title
+
+
+def _less_ours(row: TableRow, ours: TableRow | None, columns: Columns) -> str:
     """Of the first seed's runs, image by image."""
     if ours is None or row is ours or row.limit is not None or not row.runs or not ours.runs:
         return ""
     if row.runs[0]["seed"] != ours.runs[0]["seed"]:
         return "other seeds"
     try:
-        found = compare(_scored(row), _scored(ours)).differences[_COMPARED]
+        classes = tuple(columns.classes.values())
+        differences = compare(_scored(row), _scored(ours), classes=classes).differences
+        found = differences[CLASSES if classes else columns.plotted]
     except RunError as error:
         return "scored by an older version" if "older version" in str(error) else "other images"
     return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
-def _spread(row: TableRow, column: str) -> list[str]:
-    values = row.values(column)
+def _spread(row: TableRow, columns: Columns) -> list[str]:
+    values = row.values(columns.plotted)
     if not values:
         return ["", ""]
-    between = ""
-    if column in row.runs[0]["intervals"]:
-        limits = row.runs[0]["intervals"][column]
-        low, high = limits["low"], limits["high"]
-        if len(row.first_seed()) > 1:
-            joined = _scored(row)
-            found = pixel_intervals(joined.confusions, groups=joined.units)[column]
-            low, high = found.low, found.high
-        between = f"{low:.3f} to {high:.3f}"
-    return [f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "", between]
+    runs = f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else ""
+    try:
+        joined = _scored(row)
+    except RunError:  # scored by an older version
+        return [runs, ""]
+    classes = tuple(columns.classes.values())
+    wanted = mean_over(joined.names, classes) if classes else pixel_statistics
+    found = bootstrap(joined.confusions, wanted, groups=joined.units)
+    limits = found[CLASSES if classes else columns.plotted]
+    return [runs, f"{limits.low:.3f} to {limits.high:.3f}"]
+
+
+def _mean_minutes(row: TableRow) -> float:
+    """Of training, of one run on average; 0 where there is none."""
+    found = [run["training_minutes"] for run in row.runs]
+    return statistics.mean(found) if found else 0.0
 
 
 def _minutes(row: TableRow) -> str:
-    """Of one run, on average."""
-    found = [run["training_minutes"] for run in row.runs]
-    return f"{statistics.mean(found):.1f}" if found else ""
+    return f"{_mean_minutes(row):.1f}" if row.runs else ""
+
+
+def _features(settings: TableSettings) -> str:
+    if settings.model_name == "none":
+        return ""
+    return f"model {settings.model_name}, t = {settings.timestep}; "
+
+
+def _seeds(settings: TableSettings, rows: list[TableRow]) -> list[str]:
+    few = "" if len(settings.seeds) >= _SEEDS else f"; fewer than {_SEEDS} say little of their part"
+    said = [f"Seeds: {', '.join(map(str, settings.seeds))}{few}."]
+    made = [f"pathsegdiff {__version__}"]
+    models = {run["model"] for row in rows for run in row.runs} - {None}
+    made += [f"model {name}, sha256 {digest[:12]}" for name, digest in sorted(models)]
+    return [*said, f"Written by {'; '.join(made)}; every run's config.json has its own."]
 
 
 def _complete(row: TableRow) -> str:
