@@ -267,7 +267,10 @@ def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
 def _model(config: dict[str, Any]) -> tuple[str, str] | None:
     """Name and hash of the model whose features a head reads."""
     model = config.get("model")
-    return None if model is None else (str(model["name"]), str(model["sha256"]))
+    if model is None:
+        return None
+    untrained = "" if model["trained"] else " with random weights"
+    return f"{model['name']}{untrained}", str(model["sha256"])
 
 
 def _images(config: dict[str, Any]) -> int:
