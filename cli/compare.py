@@ -6,55 +6,54 @@ import click
 
 from cli.options import PATH
 
-_TITLES = {"accuracy": "accuracy", "dice": "Dice", "miou": "mIoU", "f1": "F1"}
-#: Images named at either end.
-_SHOWN = 3
-
 
 @click.command()
-@click.argument("first", type=PATH)
-@click.argument("second", type=PATH)
+@click.argument("first", metavar="FIRST[,...]")
+@click.argument("second", metavar="SECOND[,...]")
 @click.option("--split", "part", help="What was scored, where a run has several evaluations.")
 @click.option("--draws", type=click.IntRange(100, 100_000), default=2000, show_default=True)
-def compare(first: Path, second: Path, part: str | None, draws: int) -> None:
+@click.option("--out", type=PATH, help="Folder for table.md, table.csv, plot.png and report.html.")
+def compare(first: str, second: str, part: str | None, draws: int, out: Path | None) -> None:
     """Compare two scored runs, image by image.
 
     FIRST and SECOND are runs of `psd train-head` or `psd baseline` that were scored on the same
-    images. Printed is the first less the second with the 95 % interval of the difference over the
-    images, each draw the same for both: an interval without 0 is a difference. It speaks of the
-    images; how much another seed of the training changes, other runs tell.
+    images, or several with commas between, such as those of all folds. Printed is the first less
+    the second with the 95 % interval of the difference over the images, each draw the same for
+    both: an interval without 0 is a difference. It speaks of the images; how much another seed of
+    the training changes, other runs tell.
 
     \b
     Example:
       psd compare runs/glas-tiny-t50 runs/glas-effnet-unet
-      psd compare runs/a runs/b --split testB
+      psd compare runs/a runs/b --split testB --out compared
     """
     from pathsegdiff.evaluation.compare import compare as compare_scored
-    from pathsegdiff.evaluation.compare import read_scored
+    from pathsegdiff.evaluation.compare import join, read_scored
+    from pathsegdiff.pipeline.comparison import differences, extremes, scope, write_comparison
 
-    one, other = read_scored(first, part), read_scored(second, part)
+    sides = [[read_scored(path, part) for path in _paths(text)] for text in (first, second)]
+    one, other = (join(side) for side in sides)
     found = compare_scored(one, other, draws=draws)
-    click.echo(
-        f"{one.part}, {len(one.sample_ids)} images: {first} less {second}, 95 % intervals over "
-        f"{'images' if one.units == one.sample_ids else 'their sources'}"
-    )
-    lines = [
-        (_TITLES[name], found.values[name], interval)
-        for name, interval in found.differences.items()
-    ]
-    lines += [
-        (f"IoU {name}", found.class_values[name], interval)
-        for name, interval in found.class_iou.items()
-    ]
-    width = max(len(title) for title, _, _ in lines)
-    for title, (mine, theirs), interval in lines:
-        sure = "  differs" if interval.low > 0 or interval.high < 0 else ""
+    click.echo(f"{scope(one)}: {first} less {second}")
+    rows = differences(found)
+    width = max(len(row.title) for row in rows)
+    for row in rows:
+        interval = row.interval
         click.echo(
-            f"  {title:<{width}}  {mine:.4f} - {theirs:.4f} = {interval.value:+.4f}  "
-            f"({interval.low:+.4f} to {interval.high:+.4f}){sure}"
+            f"  {row.title:<{width}}  {row.first:.4f} - {row.second:.4f} = {interval.value:+.4f}  "
+            f"({interval.low:+.4f} to {interval.high:+.4f}){'  differs' if row.differs else ''}"
         )
-    ahead = sum(difference > 0 for _, difference in found.images)
-    click.echo(f"mIoU is higher in the first on {ahead} of {len(found.images)} images")
-    for title, images in (("most", found.images[:_SHOWN]), ("least", found.images[::-1][:_SHOWN])):
-        named = ", ".join(f"{sample} {difference:+.3f}" for sample, difference in images)
-        click.echo(f"  {title}: {named}")
+    ahead, *ends = extremes(found)
+    click.echo(ahead)
+    for line in ends:
+        click.echo(f"  {line}")
+    if out is not None:
+        reports = [scored.path.parent / "report.html" for side in sides for scored in side]
+        there = [report for report in reports if report.exists()]
+        write_comparison(out, (first, second), one, found, there)
+        click.echo(f"report: {out / 'report.html'}")
+
+
+def _paths(text: str) -> list[Path]:
+    """One run, or several with commas between."""
+    return [Path(text)] if Path(text).exists() else [Path(part) for part in text.split(",")]

@@ -1,6 +1,8 @@
 """Two runs on the same images: the difference, its interval, and what cannot be compared."""
 
+import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -173,10 +175,48 @@ def test_an_older_file_is_told_from_a_damaged_one(better):
         read_scored(better)
 
 
+def test_a_comparison_is_a_page_with_a_picture(better, worse, tmp_path, capsys):
+    out = tmp_path / "compared"
+    (better / "eval-test" / "report.html").write_text("<html>")
+    assert run(["compare", str(better), str(worse), "--draws", "200", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith(f"report: {out / 'report.html'}\n")
+    table = (out / "table.md").read_text()
+    found = compare(read_scored(better), read_scored(worse), draws=200).differences["miou"]
+    first, second = compare(read_scored(better), read_scored(worse)).values["miou"]
+    assert (
+        f"| mIoU | {first:.4f} | {second:.4f} | {found.value:+.4f} | "
+        f"{found.low:+.4f} to {found.high:+.4f} | yes |\n"
+    ) in table
+    assert "mIoU is higher in the first on 12 of 12 images" in table
+    with (out / "table.csv").open(newline="") as file:
+        assert len(list(csv.reader(file))) == len(table.split("\n\n")[1].splitlines()) - 1
+    page = (out / "report.html").read_text()
+    (link,) = re.findall('href="([^"]+)"', page)
+    assert (out / link).resolve() == (better / "eval-test" / "report.html").resolve()
+    assert (out / "plot.png").stat().st_size > 3000
+
+
+def test_the_runs_of_all_folds_are_compared_as_one(tmp_path, capsys):
+    sides = {}
+    for side, error in (("a", 0.2), ("b", 0.4)):
+        labels = predicted(error, 1)
+        for fold, part in enumerate((slice(0, 5), slice(5, 12))):
+            ids = [f"s{number}" for number in range(12)][part]
+            write_eval(tmp_path / f"{side}{fold}", labels[part], ids=ids, targets=TARGETS[part])
+        sides[side] = write_eval(tmp_path / side, labels)
+    whole = compare(read_scored(sides["a"]), read_scored(sides["b"])).differences["miou"]
+    folds = [",".join(str(tmp_path / f"{side}{fold}") for fold in (0, 1)) for side in "ab"]
+    assert run(["compare", *folds]) == 0
+    said = capsys.readouterr().out
+    assert "test+test, 12 images" in said
+    assert f"= {whole.value:+.4f}  ({whole.low:+.4f} to {whole.high:+.4f})" in said
+
+
 def test_the_command_says_what_differs(better, worse, capsys):
     assert run(["compare", str(better), str(worse), "--draws", "200"]) == 0
     said = capsys.readouterr().out
-    assert "test, 12 images: " in said
+    assert "test, 12 images, 95 % intervals over images: " in said
     assert said.count("  differs") == 6
     assert "mIoU is higher in the first on 12 of 12 images" in said
     assert run(["compare", str(better), str(better)]) == 0

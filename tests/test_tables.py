@@ -107,7 +107,10 @@ def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path,
     assert f" {seconds / 60:.1f} | 1 of 1 |" in line
     assert "Minutes of training are by the clock, of one run, its mean, on cpu (" in text
     model = json.loads((out / "runs/tokens-seed0/config.json").read_text())["model"]
-    assert f"model micro with random weights, sha256 {model['sha256'][:12]};" in text and "Seeds: 0; fewer" in text
+    assert (
+        f"model micro with random weights, sha256 {model['sha256'][:12]};" in text
+        and "Seeds: 0; fewer" in text
+    )
     assert "not on glas: they do not compare" in text
     with (out / "table.csv").open(newline="") as file:
         assert len(list(csv.reader(file))) == 9
