@@ -105,7 +105,7 @@ def test_the_imagenet_encoder_computes_timms_features_to_the_last_bit(generator)
     plain = create_model("tf_efficientnet_lite0", pretrained=False)
     plain.load_state_dict(efficientnet_lite0_state())
     plain.eval()
-    images = normalise(torch.rand(1, 3, 64, 64, generator=generator))
+    images = normalise(torch.rand(1, 3, 64, 64, generator=generator), network)
     with torch.no_grad():
         _, *found = network.encoder(images)
         x = plain.bn1(plain.conv_stem(images))
@@ -240,6 +240,10 @@ def test_an_encoder_begins_with_the_weights_of_a_file(dataset, tmp_path):
     config = read_baseline(tmp_path / "run")
     assert config.network["title"] == "U-Net with a ResNet-18 encoder, trained encoder"
     assert config.settings["encoder_weights"] == config.network["encoder_weights"]["sha256"]
+    loaded, _ = load_baseline(tmp_path / "run", config)
+    assert loaded.get_buffer("pixel_mean").flatten().tolist() == pytest.approx(
+        [0.485, 0.456, 0.406]
+    )
     assert "encoder_weights" in default_baseline_name(dataset, made.settings)
     with pytest.raises(RunError, match="was trained with encoder_weights"):
         small(dataset, steps=1, val="0", keep="last", batch_size=4).train(tmp_path / "run")
@@ -273,7 +277,7 @@ def test_the_seed_decides_the_random_weights_and_nothing_else_is_drawn():
 
 
 def test_a_network_computes_the_same_in_either_layout(monkeypatch, generator):
-    images = normalise(torch.rand(2, 3, 64, 64, generator=generator))
+    images = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
     found = []
     for capability, form in (("AVX2", torch.contiguous_format), ("AVX512", torch.channels_last)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
@@ -292,7 +296,15 @@ def test_a_network_computes_the_same_in_either_layout(monkeypatch, generator):
 
 def test_inputs_are_normalised_to_minus_one_to_one():
     images = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1)
-    assert normalise(images).flatten().tolist() == [-1.0, 0.0, 1.0]
+    network = build_network("effnet-unet", 2, seed=0, pretrained=False)
+    assert normalise(images, network).flatten().tolist() == [-1.0, 0.0, 1.0]
+    assert not any("pixel" in name for name in network.state_dict())
+
+
+def test_weights_from_a_file_see_what_they_were_trained_on():
+    images = torch.tensor([0.485, 0.456 + 0.224, 0.406 - 0.225]).view(1, 3, 1, 1)
+    network = build_network("res-unet", 2, seed=0, from_file=True)
+    assert normalise(images, network).flatten().tolist() == pytest.approx([0, 1, -1], abs=1e-6)
 
 
 def test_a_missing_package_is_named_with_its_remedy(dataset, tmp_path, monkeypatch):

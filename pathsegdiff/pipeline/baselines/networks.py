@@ -83,6 +83,7 @@ def build_network(
     seed: int,
     pretrained: bool = True,
     encoder_weights: Path | None = None,
+    from_file: bool = False,
 ) -> nn.Module:
     """Build a baseline: (B, 3, S, S) images to (B, K, S, S) logits, (B, K + 2, S, S) of DCAN.
 
@@ -93,6 +94,8 @@ def build_network(
         pretrained: Load the ImageNet weights where the baseline has some; not needed where a
             trained file is loaded after.
         encoder_weights: Of the encoder, in torchvision's or timm's names; its own where None.
+        from_file: Whether a trained file that is loaded after began with such weights: they expect
+            images with ImageNet's mean and deviation.
 
     Raises:
         RunError: If the name is unknown, segmentation_models_pytorch is not installed, or the
@@ -119,6 +122,7 @@ def build_network(
             network = smp.Unet(
                 architecture.encoder, encoder_weights=None, in_channels=3, classes=num_classes
             )
+    _expect(network, _IMAGENET if encoder_weights or from_file else _HALVES)
     if encoder_weights is not None:
         _load_file(architecture, network, encoder_weights)
     elif architecture.imagenet and pretrained:
@@ -164,13 +168,22 @@ def network_facts(
     }
 
 
-def normalise(images: Tensor) -> Tensor:
-    """(B, 3, S, S) RGB in [0, 1] as the networks expect it, from scratch as well."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in _NORMALISATION)
+def normalise(images: Tensor, network: nn.Module) -> Tensor:
+    """(B, 3, S, S) RGB in [0, 1] as the network expects it."""
+    mean, std = network.get_buffer("pixel_mean"), network.get_buffer("pixel_std")
     return ((images - mean) / std).contiguous()
 
 
-_NORMALISATION = (imagenet.MEAN, imagenet.STD)
+#: Mean and deviation of a pixel: EfficientNet-Lite's, and of networks that begin from scratch.
+_HALVES = (imagenet.MEAN, imagenet.STD)
+#: What torchvision's weights, and timm's of these encoders, were trained with.
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def _expect(network: nn.Module, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
+    """Settings and no weights: in no state dict, but where the network is."""
+    for name, values in zip(("pixel_mean", "pixel_std"), statistics, strict=True):
+        network.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
 
 def _load_encoder(network: nn.Module, state: dict[str, Tensor]) -> None:

@@ -273,7 +273,11 @@ def load_baseline(path: Path, config: BaselineConfig) -> tuple[nn.Module, dict[s
     if not file.is_file():
         raise RunError(f"{path} has no {NETWORK_FILE} yet; continue it with `psd baseline`")
     network = build_network(
-        str(config.settings["name"]), len(config.class_weights), seed=0, pretrained=False
+        str(config.settings["name"]),
+        len(config.class_weights),
+        seed=0,
+        pretrained=False,
+        from_file=config.settings.get("encoder_weights") is not None,
     )
     metadata = load_weights(file, network)
     return network.requires_grad_(False).eval(), metadata

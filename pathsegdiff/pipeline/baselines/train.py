@@ -94,7 +94,7 @@ class BaselineTraining(TrainingLoop[ImageBatch]):
     def loss_of(self, batch: ImageBatch) -> Tensor:
         """Cross-entropy plus soft Dice."""
         labels = batch.labels.to(self.device)
-        images = normalise(batch.images.to(self.device))
+        images = normalise(batch.images.to(self.device), self.network)
         if isinstance(self.network, DCAN):
             assert batch.contours is not None
             return self._loss_with_contours(images, labels, batch.contours.to(self.device))
@@ -224,7 +224,7 @@ def region_logits(
     """
     network.eval()
     with torch.no_grad(), autocast(device, precision):
-        logits = network(normalise(to_tensor(image)[None].to(device)))
+        logits = network(normalise(to_tensor(image)[None].to(device), network))
     if logits.shape[-1] == region_px:
         return logits.float()
     return F.interpolate(logits.float(), size=region_px, mode="bilinear", align_corners=False)
