@@ -62,16 +62,6 @@ FIRST_STAGE = LdmFirstStage(
     num_res_blocks=2,
     attention=(False, False, False),
 )
-#: ZoomLDM's.
-GRID = LdmGridConditioner(
-    input_channels=1024,
-    channels=512,
-    num_layers=12,
-    num_heads=8,
-    mlp_dim=2048,
-    cells=64,
-    magnifications=8,
-)
 PROJECT = {
     "model": {
         "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
@@ -175,7 +165,7 @@ def main() -> None:
         **unet,
         **random_tensors(first_stage_shapes(FIRST_STAGE), generator, dtype),
         **random_tensors(
-            grid_conditioner_shapes(GRID)
+            grid_conditioner_shapes(LdmGridConditioner())
             if arguments.zoomldm
             else conditioner_shapes(384, 768, 512),
             generator,

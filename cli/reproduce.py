@@ -1,6 +1,7 @@
 """``psd reproduce``: the paper's tables."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,7 @@ def _make(
     table_only: bool, **others: Any,
 ) -> None:  # fmt: skip
     from pathsegdiff.device import available_cores, resolve_device
-    from pathsegdiff.errors import DataError, RunError
+    from pathsegdiff.errors import RunError
     from pathsegdiff.pipeline.tables.make import make_runs, missing_things, plan_table
     from pathsegdiff.pipeline.tables.write import write
 
@@ -289,10 +290,7 @@ def _make(
     if not table_only:
         wanted = {name: others[name] for name in ("dataset", "data_root", "model", "unconditional")}
         missing = missing_things(rows=chosen, **wanted)
-    for line in missing:
-        click.echo(f"missing: {line}", err=True)
-    if missing:
-        raise DataError(f"{table} needs {len(missing)} more things, listed above")
+    _refuse_missing(table, missing)
     settings = plan_table(table, rows=chosen, limits=limit_images, **others)
     failed = []
     if not table_only:
@@ -306,6 +304,16 @@ def _make(
     if failed:
         logs = settings.folder / "logs"
         raise RunError(f"{len(failed)} runs failed ({', '.join(failed[:3])}); see {logs}")
+
+
+def _refuse_missing(name: str, missing: Sequence[str]) -> None:
+    """Raises: DataError: If something is missing, after a line for each."""
+    from pathsegdiff.errors import DataError
+
+    for line in missing:
+        click.echo(f"missing: {line}", err=True)
+    if missing:
+        raise DataError(f"{name} needs {len(missing)} more things, listed above")
 
 
 def _curve_options(name: str) -> Decorator:
@@ -382,15 +390,10 @@ def _curve(
     from cli.main import run_within
     from pathsegdiff.data.manifest import open_dataset
     from pathsegdiff.diffusion.bundle import read_card, resolve_bundle
-    from pathsegdiff.errors import DataError
     from pathsegdiff.pipeline.tables.curves import about, extraction_command, sweep_command
     from pathsegdiff.pipeline.tables.make import missing_things
 
-    missing = missing_things(dataset, data_root, model, ("conditioned",))
-    for line in missing:
-        click.echo(f"missing: {line}", err=True)
-    if missing:
-        raise DataError(f"{name} needs {len(missing)} more things, listed above")
+    _refuse_missing(name, missing_things(dataset, data_root, model, ("conditioned",)))
     opened = open_dataset(dataset, data_root=data_root)
     split = opened.manifest.default_train
     timesteps = tuple(dict.fromkeys(_numbers(click.get_current_context(), None, t)))

@@ -248,7 +248,7 @@ def conditioner_shapes(
 
 @dataclass(frozen=True, kw_only=True)
 class LdmGridConditioner:
-    """Arguments of ZoomLDM's ``EmbeddingViT2_5``.
+    """Arguments of ZoomLDM's ``EmbeddingViT2_5``; the defaults are those of the published model.
 
     Attributes:
         input_channels: Of an embedding.
@@ -260,13 +260,13 @@ class LdmGridConditioner:
         magnifications: How many it knows.
     """
 
-    input_channels: int
-    channels: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
-    cells: int
-    magnifications: int
+    input_channels: int = 1024
+    channels: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    cells: int = 64
+    magnifications: int = 8
 
 
 def grid_conditioner_shapes(grid: LdmGridConditioner) -> dict[str, Shape]:

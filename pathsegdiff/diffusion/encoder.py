@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pathsegdiff.diffusion import imagenet
 from pathsegdiff.diffusion.conv_encoder import ConvEncoder, ConvEncoderConfig
 from pathsegdiff.diffusion.third_party import VisionTransformer
 from pathsegdiff.errors import BundleError
@@ -276,8 +277,8 @@ NAMED_ENCODERS = {
         depth=24,
         num_heads=16,
         input_size=224,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        mean=imagenet.USUAL_MEAN,
+        std=imagenet.USUAL_STD,
         layer_scale=True,
     ),
 }

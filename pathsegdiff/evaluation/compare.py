@@ -17,7 +17,9 @@ from pathsegdiff.evaluation.confusion import class_statistics, pooled_statistics
 from pathsegdiff.evaluation.intervals import Interval, Statistics, paired_difference
 
 METRICS_FILE = "metrics.json"
-PRIMARY = ("accuracy", "dice", "miou", "f1")
+#: What is compared, as people call it.
+TITLES = {"accuracy": "accuracy", "dice": "Dice", "miou": "mIoU", "f1": "F1"}
+PRIMARY = tuple(TITLES)
 #: The mean IoU of the classes that were asked for.
 CLASSES = "classes"
 

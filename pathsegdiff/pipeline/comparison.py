@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pathsegdiff.evaluation.compare import Comparison, Scored
+from pathsegdiff.evaluation.compare import TITLES, Comparison, Scored
 from pathsegdiff.evaluation.intervals import Interval
-from pathsegdiff.files import replace_file
 from pathsegdiff.pipeline.page import write_table
 
-_TITLES = {"accuracy": "accuracy", "dice": "Dice", "miou": "mIoU", "f1": "F1"}
 #: Images named at either end.
 _SHOWN = 3
 
@@ -38,7 +36,7 @@ class Difference:
 
 def differences(found: Comparison) -> list[Difference]:
     """Pooled metrics, then the IoU of every class."""
-    pooled = [(_TITLES[name], found.values[name], one) for name, one in found.differences.items()]
+    pooled = [(TITLES[name], found.values[name], one) for name, one in found.differences.items()]
     classes = [
         (f"IoU {name}", found.class_values[name], one) for name, one in found.class_iou.items()
     ]
@@ -94,11 +92,9 @@ def write_comparison(
         "difference. It speaks of the images; how much another seed changes, other runs tell.",
         *extremes(found),
     ]
-    picture = out / "plot.png"
-    replace_file(picture, partial(_draw, rows))
     title = f"{names[0]} less {names[1]}"
     caption = "Every difference with its interval"
-    write_table(out, title, lines, notes, picture, caption, reports=reports)
+    write_table(out, title, lines, notes, partial(_draw, rows), caption, reports=reports)
 
 
 def _draw(rows: Sequence[Difference], file: Path) -> None:

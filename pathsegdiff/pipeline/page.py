@@ -5,10 +5,11 @@ import html
 import io
 import os
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from pathsegdiff.evaluation.intervals import Interval
 from pathsegdiff.files import replace_file
 
 
@@ -17,38 +18,64 @@ def write_table(
     title: str,
     lines: Sequence[Sequence[str]],
     notes: Sequence[str],
-    picture: Path,
+    draw: Callable[[Path], object],
     caption: str,
     *,
     reports: Sequence[Path] = (),
     rows: Sequence[Sequence[object]] | None = None,
-) -> None:
-    """Write table.md, table.csv and report.html into ``out``.
+) -> str:
+    """Write table.md, table.csv, plot.png and report.html into ``out``.
 
     Args:
         title: Of the table; none in the Markdown where it is "".
         lines: Cells, the header first.
         notes: Below the table, one item each.
-        picture: A PNG that is there.
+        draw: Makes the picture, a PNG.
         caption: What it shows, for those who cannot see it.
         reports: report.html of single runs, RUN/eval-PART/report.html, to be linked.
         rows: Of the CSV file, where they are others than ``lines``.
+
+    Returns:
+        The Markdown.
     """
+    picture = out / "plot.png"
+    replace_file(picture, draw)
+    table = _markdown(lines, notes, title)
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(lines if rows is None else rows)
     page = _page(
         title or "Heads compared", lines, notes, picture.read_bytes(), caption, reports, out
     )
     for name, content in (
-        ("table.md", markdown(lines, notes, title)),
+        ("table.md", table),
         ("table.csv", text.getvalue()),
         ("report.html", page),
     ):
         replace_file(out / name, partial(_put, content))
+    return table
 
 
-def markdown(lines: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
-    """The table, and its notes as a list; arguments as for ``write_table``."""
+def number(value: float | None) -> str:
+    """A cell; empty for None."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """A cell with the lowest and the highest of several values."""
+    return f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else ""
+
+
+def limits(interval: Interval) -> str:
+    """A cell with an interval alone."""
+    return f"{interval.low:.3f} to {interval.high:.3f}"
+
+
+def difference(interval: Interval) -> str:
+    """A cell with a difference and its interval."""
+    return f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+
+
+def _markdown(lines: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
     ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     heading = f"# {title}\n\n" if title else ""
     table = "".join(f"| {' | '.join(line)} |\n" for line in ruled)

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pathsegdiff.errors import RunError
-from pathsegdiff.evaluation.compare import Scored, compare, join, read_scored
-from pathsegdiff.evaluation.intervals import Interval, pixel_intervals
-from pathsegdiff.files import replace_file
-from pathsegdiff.pipeline.page import markdown, write_table
+from pathsegdiff.evaluation.compare import TITLES, Scored, compare, join, read_scored
+from pathsegdiff.evaluation.intervals import pixel_intervals
+from pathsegdiff.pipeline.page import difference, limits, number, spread, write_table
 from pathsegdiff.pipeline.sweep import AXES, METRICS, Job, Outcome
 
 TABLE_FILES = ("table.md", "table.csv", "plot.png", "report.html")
-_TITLES = {"miou": "mIoU", "dice": "Dice", "accuracy": "accuracy"}
 _AXIS_TITLES = {
     "t": "diffusion timestep",
     "lr": "learning rate",
@@ -92,18 +90,16 @@ def write_sweep(
     parts = sorted({outcome.part for outcome in outcomes if outcome.part})
     lines = cells(rows, parts, about)
     notes = [*about.notes, *_notes(rows, outcomes, about)]
-    picture = out / "plot.png"
-    replace_file(picture, partial(_draw, rows, about))
     reports = sorted(
         report
         for outcome in outcomes
         if (report := outcome.job.out / f"eval-{outcome.part}" / "report.html").exists()
     )
     caption = "mIoU of every setting, lowest to highest run"
-    write_table(
-        out, about.title, lines, notes, picture, caption, reports=reports, rows=_runs(outcomes)
+    draw = partial(_draw, rows, about)
+    return write_table(
+        out, about.title, lines, notes, draw, caption, reports=reports, rows=_runs(outcomes)
     )
-    return markdown(lines, notes, about.title)
 
 
 def table_rows(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> list[TableRow]:
@@ -140,8 +136,8 @@ def cells(rows: Sequence[TableRow], parts: Sequence[str], about: About) -> list[
     header = list(axes)
     for metric in METRICS:
         where = f" ({scored or 'nothing scored'})" if metric == "miou" else ""
-        header.append(f"{_TITLES[metric]}{where}")
-        header += [f"{_TITLES[metric]} published"] if about.published else []
+        header.append(f"{TITLES[metric]}{where}")
+        header += [f"{TITLES[metric]} published"] if about.published else []
     if about.published and about.same_data:
         header.append("mIoU, ours less published")
     reference = _reference(rows, about)
@@ -160,13 +156,12 @@ def cells(rows: Sequence[TableRow], parts: Sequence[str], about: About) -> list[
         line = [_shown(axis, row.axes[axis]) for axis in axes]
         for metric in METRICS:
             line.append(_mean(row.scores(metric)))
-            line += [_number(printed.get(metric))] if about.published else []
+            line += [number(printed.get(metric))] if about.published else []
         if about.published and about.same_data:
             line.append(_difference(row.scores("miou"), printed.get("miou")))
         if compared:
             line.append("" if row is reference else _paired(row, reference))
-        values = row.scores("miou")
-        line.append(f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else "")
+        line.append(spread(row.scores("miou")))
         if known:
             line.append(_between(row))
         seconds = [outcome.seconds for outcome in row.outcomes]
@@ -203,14 +198,13 @@ def _paired(row: TableRow, reference: TableRow | None) -> str:
         found = compare(row.scored, reference.scored).differences["miou"]
     except RunError:
         return "other images"
-    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+    return difference(found)
 
 
 def _between(row: TableRow) -> str:
     if row.scored is None:
         return ""
-    found: Interval = pixel_intervals(row.scored.confusions, groups=row.scored.units)["miou"]
-    return f"{found.low:.3f} to {found.high:.3f}"
+    return limits(pixel_intervals(row.scored.confusions, groups=row.scored.units)["miou"])
 
 
 def _notes(rows: Sequence[TableRow], outcomes: Sequence[Outcome], about: About) -> list[str]:
@@ -240,10 +234,6 @@ def _notes(rows: Sequence[TableRow], outcomes: Sequence[Outcome], about: About) 
 
 def _mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}" if values else ""
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def _difference(values: Sequence[float], printed: float | None) -> str:

@@ -176,8 +176,7 @@ def normalise(images: Tensor, network: nn.Module) -> Tensor:
 
 #: Mean and deviation of a pixel: EfficientNet-Lite's, and of networks that begin from scratch.
 _HALVES = (imagenet.MEAN, imagenet.STD)
-#: What torchvision's weights, and timm's of these encoders, were trained with.
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_IMAGENET = (imagenet.USUAL_MEAN, imagenet.USUAL_STD)
 
 
 def _expect(network: nn.Module, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> None:

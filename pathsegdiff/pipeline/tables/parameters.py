@@ -9,8 +9,7 @@ from torch import nn
 from pathsegdiff.diffusion.presets import PRESETS
 from pathsegdiff.diffusion.taps import plan_taps
 from pathsegdiff.features.layout import TapSpec, plan_levels
-from pathsegdiff.files import replace_file
-from pathsegdiff.pipeline.page import markdown, write_table
+from pathsegdiff.pipeline.page import write_table
 from pathsegdiff.pipeline.tables.published import PARAMETERS
 from pathsegdiff.segmentation.head import PAPER_WIDTH, FCNHead, HeadLevel
 
@@ -29,11 +28,8 @@ _TITLE = "Table 1: parameters, counted and published"
 def write_parameters(out: Path) -> str:
     """Write table.md, table.csv, plot.png and report.html; the Markdown is returned."""
     lines, notes, counted = count_parameters()
-    picture = out / "plot.png"
-    replace_file(picture, partial(_draw, counted))
     caption = "Parameters of every network, counted and published"
-    write_table(out, _TITLE, lines, notes, picture, caption)
-    return markdown(lines, notes, _TITLE)
+    return write_table(out, _TITLE, lines, notes, partial(_draw, counted), caption)
 
 
 def count_parameters() -> tuple[list[list[str]], list[str], dict[str, int]]:

@@ -17,7 +17,7 @@ from pathsegdiff.evaluation.compare import (
 )
 from pathsegdiff.evaluation.intervals import bootstrap, pixel_statistics
 from pathsegdiff.files import replace_file
-from pathsegdiff.pipeline.page import markdown, write_table
+from pathsegdiff.pipeline.page import difference, limits, number, spread, write_table
 from pathsegdiff.pipeline.tables.columns import Columns, columns_of
 from pathsegdiff.pipeline.tables.make import is_finished
 from pathsegdiff.pipeline.tables.plots import TableRow, draw_few_labels, draw_rows
@@ -95,16 +95,14 @@ def write(settings: TableSettings) -> str:
     notes = notes_of(settings, columns, rows)
     title = title_of(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
-    picture = settings.out / "plot.png"
     drawn = columns.plotted, columns.titles[columns.plotted]
     same = settings.dataset_name == TABLES[settings.table].dataset
-    replace_file(picture, partial(draw_rows, rows, *drawn, published=same))
     if settings.limits[1:]:
         replace_file(settings.out / FEW_LABELS, partial(draw_few_labels, rows, *drawn))
     reports = sorted(settings.folder.glob("runs/*/eval-*/report.html"))
     caption = "Every row, ours and published"
-    write_table(settings.out, title, lines, notes, picture, caption, reports=reports)
-    return markdown(lines, notes, title)
+    draw = partial(draw_rows, rows, *drawn, published=same)
+    return write_table(settings.out, title, lines, notes, draw, caption, reports=reports)
 
 
 def title_of(settings: TableSettings) -> str:
@@ -125,7 +123,7 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
     notes = [
         f"Ours: {_features(settings)}{budget.text}. The paper "
         "states neither batch size, epochs nor augmentation.",
-        *_seeds(settings, rows),
+        *_origin(settings, rows),
         "Published figures: Danisetty et al. 2025, 'PathSegDiff', "
         f"{table.title.split(':', 1)[0]}; ours are pooled over the scored images, unweighted mean "
         "over classes; the interval is a bootstrap over the images of the first seed's runs. Rows "
@@ -250,14 +248,14 @@ def _read_run(settings: TableSettings, job: Job) -> dict[str, Any]:
 def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """What the tables show of metrics.json, each of its kind."""
 
-    def number(value: Any) -> float | None:
+    def as_number(value: Any) -> float | None:
         return None if value is None else float(value)
 
     objects = metrics.get("objects")
     return {
-        **{column: number(metrics[column]) for column in COLUMNS},
+        **{column: as_number(metrics[column]) for column in COLUMNS},
         "per_class": [
-            {"name": str(one["name"]), "iou": number(one["iou"]), "pixels": int(one["pixels"])}
+            {"name": str(one["name"]), "iou": as_number(one["iou"]), "pixels": int(one["pixels"])}
             for one in metrics["per_class"]
         ],
         "objects": objects and {name: float(objects[name]) for name in ("dice", "f1")},
@@ -309,7 +307,7 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
             theirs = None
             if published is not None and not (published.objects and row.runs):
                 theirs = published.figures.get(column)
-            values += [_number(row.mean(column)), _number(theirs)][: len(kinds)]
+            values += [number(row.mean(column)), number(theirs)][: len(kinds)]
         lines.append(
             [
                 row.title,
@@ -352,14 +350,14 @@ def _less_ours(row: TableRow, ours: TableRow | None, columns: Columns) -> str:
         found = differences[CLASSES if classes else columns.plotted]
     except RunError as error:
         return "scored by an older version" if "older version" in str(error) else "other images"
-    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+    return difference(found)
 
 
 def _spread(row: TableRow, columns: Columns) -> list[str]:
     values = row.values(columns.plotted)
     if not values:
         return ["", ""]
-    runs = f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else ""
+    runs = spread(values)
     try:
         joined = _scored(row)
     except RunError:  # scored by an older version
@@ -367,8 +365,7 @@ def _spread(row: TableRow, columns: Columns) -> list[str]:
     classes = tuple(columns.classes.values())
     wanted = mean_over(joined.names, classes) if classes else pixel_statistics
     found = bootstrap(joined.confusions, wanted, groups=joined.units)
-    limits = found[CLASSES if classes else columns.plotted]
-    return [runs, f"{limits.low:.3f} to {limits.high:.3f}"]
+    return [runs, limits(found[CLASSES if classes else columns.plotted])]
 
 
 def _mean_minutes(row: TableRow) -> float:
@@ -387,7 +384,7 @@ def _features(settings: TableSettings) -> str:
     return f"model {settings.model_name}, t = {settings.timestep}; "
 
 
-def _seeds(settings: TableSettings, rows: list[TableRow]) -> list[str]:
+def _origin(settings: TableSettings, rows: list[TableRow]) -> list[str]:
     few = "" if len(settings.seeds) >= _SEEDS else f"; fewer than {_SEEDS} say little of their part"
     said = [f"Seeds: {', '.join(map(str, settings.seeds))}{few}."]
     made = [f"pathsegdiff {__version__}"]
@@ -401,10 +398,6 @@ def _complete(row: TableRow) -> str:
         return "published only"
     incomplete = "" if len(row.runs) == row.planned else ", incomplete"
     return f"{len(row.runs)} of {row.planned}{incomplete}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def _signed(value: float | None) -> str:
