@@ -181,10 +181,8 @@ def pack_images(options: argparse.Namespace) -> None:
         packed = travel.pack_images(
             images, options.archive, max_bytes=options.max_bytes, encoder=encoder
         )
-    print(
-        f"{options.archive}: {packed.count} images, WebP quality {packed.quality}, "
-        f"{packed.bytes:,} bytes"
-    )
+    how = "as they are" if packed.quality is None else f"WebP quality {packed.quality}"
+    print(f"{options.archive}: {packed.count} images, {how}, {packed.bytes:,} bytes")
 
 
 def unpack(source: Path, to: Path) -> None:
@@ -267,7 +265,7 @@ def train(training: Pretraining, plan: Plan, until: float, stop_at: str | None) 
         options = LoopOptions(
             stop_at=until,
             report_every=max(1, min(50, steps // 20)),
-            look_every=max(1, min(1000, steps // 2)),
+            look_every=max(1, steps // 5),
             checkpoint_seconds=120,
         )
         try:

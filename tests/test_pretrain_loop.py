@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pathsegdiff.diffusion.pretrain.loop import LoopSettings, Part, TrainingLoop
-from pathsegdiff.errors import RunError
+from pathsegdiff.diffusion.pretrain.loop import LoopSettings, Part, TrainingLoop, read_ahead
+from pathsegdiff.errors import DataError, RunError
 
 CPU = torch.device("cpu")
 SETTINGS = LoopSettings(steps=12, batch_size=4, warmup_steps=2, ema_decay=0.9, learning_rate=0.05)
@@ -37,7 +37,7 @@ class Line(Part):
         loss = (self.model(batch) - (2 * batch - 1)).square().mean()
         if self.broken:
             loss = loss * float("nan")
-        return loss, {"loss": loss.item()}
+        return loss, {"loss": loss.detach()}
 
     def held_out(self):
         return {"held_out_slope": self.model.weight.item()}
@@ -128,3 +128,25 @@ def test_the_learning_rate_rises_then_falls_to_a_hundredth():
     assert rates[0] == pytest.approx(0.025)
     assert max(rates) == pytest.approx(0.05)
     assert rates[-1] == pytest.approx(0.0005)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_what_a_step_reads_does_not_depend_on_who_reads_it(processes):
+    part = Line()
+    with read_ahead(part, SETTINGS, 3, processes) as batches:
+        found = list(batches)
+    wanted = [part.read(step, *SETTINGS.batch_at(step)) for step in range(3, SETTINGS.steps)]
+    assert len(found) == len(wanted) == 9
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_an_error_of_a_reading_process_names_its_cause():
+    class Broken(Line):
+        def read(self, step, count, crop_px):
+            raise DataError("image.png is damaged")
+
+    with (
+        read_ahead(Broken(), SETTINGS, 0, 2) as batches,
+        pytest.raises(DataError, match="image.png is damaged"),
+    ):
+        next(batches)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pathsegdiff.device import training_layout
 from pathsegdiff.diffusion.autoencoder import build_autoencoder, encode
 from pathsegdiff.diffusion.pretrain.images import ImagePool, to_unit
-from pathsegdiff.diffusion.pretrain.loop import Figures, Part
+from pathsegdiff.diffusion.pretrain.loop import Figures, Part, StepFigures
 from pathsegdiff.diffusion.pretrain.pictures import save_rows
 
 STREAM, _DECODER_STREAM = 1, 4
@@ -67,7 +67,7 @@ class AutoencoderPart(Part):
         """(B, 3, S, S) uint8."""
         return self.pool.batch(STREAM, step, count, crop_px)
 
-    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Figures]:
+    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, StepFigures]:
         """Absolute and squared error of the reconstruction in [-1, 1], plus the latent's term."""
         images = (to_unit(batch, self.device) * 2 - 1).contiguous(memory_format=self.layout)
         if self.is_vq:
@@ -81,7 +81,11 @@ class AutoencoderPart(Part):
             latent_term = KL_WEIGHT * posterior.kl().mean() / math.prod(latent.shape[1:])
         error, psnr = _reconstruction(decoded, images)
         loss = error + latent_term
-        return loss, {"loss": loss.item(), "psnr": psnr, "latent_term": latent_term.item()}
+        return loss, {
+            "loss": loss.detach(),
+            "psnr": psnr,
+            "latent_term": latent_term.detach(),
+        }
 
     @torch.no_grad()
     def held_out(self) -> Figures:
@@ -130,21 +134,21 @@ class DecoderPart(AutoencoderPart):
         """(B, 3, S, S) uint8."""
         return self.pool.batch(_DECODER_STREAM, step, count, crop_px)
 
-    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Figures]:
+    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, StepFigures]:
         """Absolute and squared error in [-1, 1], decoded from what stage 1 sees."""
         images = to_unit(batch, self.device)
         with torch.no_grad():
             latent = encode(self.model, images, 1.0)
         decoded = self.model.decode(latent, return_dict=False)[0]
         loss, psnr = _reconstruction(decoded, images * 2 - 1)
-        return loss, {"loss": loss.item(), "psnr": psnr}
+        return loss, {"loss": loss.detach(), "psnr": psnr}
 
 
-def _reconstruction(decoded: Tensor, images: Tensor) -> tuple[Tensor, float]:
+def _reconstruction(decoded: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Absolute plus twice the squared error in [-1, 1], and the PSNR in dB."""
     error = decoded.float() - images
     squared = error.square().mean()
-    return error.abs().mean() + 2 * squared, 10 * math.log10(4 / max(squared.item(), 1e-12))
+    return error.abs().mean() + 2 * squared, 10 * (4 / squared.detach().clamp_min(1e-12)).log10()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pathsegdiff.diffusion.encoder import EncoderConfig, PatchEncoder
 from pathsegdiff.diffusion.pretrain.images import ImagePool, to_unit
-from pathsegdiff.diffusion.pretrain.loop import Figures, Part
+from pathsegdiff.diffusion.pretrain.loop import Figures, Part, StepFigures
 from pathsegdiff.diffusion.pretrain.pictures import save_rows
 from pathsegdiff.diffusion.pretrain.stain import jitter_stain
 from pathsegdiff.errors import ConfigError
@@ -90,7 +90,7 @@ class EncoderPart(Part):
         """(B, 3, S, S) uint8."""
         return self.pool.batch(STREAM, step, count, crop_px)
 
-    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Figures]:
+    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, StepFigures]:
         """Cross-entropy between what student and teacher say of different views."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         images = to_unit(batch, self.device)
@@ -102,7 +102,7 @@ class EncoderPart(Part):
             taught = [self._outputs(self.teacher, view) for view in views]
         said = [self._outputs(self.student, view) for view in views + local]
         loss = self.criterion(taught, said)
-        return loss, {"loss": loss.item()}
+        return loss, {"loss": loss.detach()}
 
     def after_step(self, step: int, total_steps: int) -> None:
         """Move the teacher towards the student."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from pathsegdiff.data.image import IMAGE_SUFFIXES, image_size, read_image
 from pathsegdiff.data.manifest import open_dataset
@@ -143,7 +144,9 @@ class ImagePool:
             if path not in self._cache:
                 self._cache[path] = pixels
                 self._cached_bytes += pixels.nbytes
-            while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
+            reader = get_worker_info()  # in a process of a loader there are others beside it
+            limit = _CACHE_BYTES // (reader.num_workers if reader else 1)
+            while self._cached_bytes > limit and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return pixels
 

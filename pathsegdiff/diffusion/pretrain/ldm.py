@@ -22,7 +22,7 @@ from pathsegdiff.diffusion.conditioning import Conditioner
 from pathsegdiff.diffusion.conv_encoder import ConvEncoder
 from pathsegdiff.diffusion.encoder import AnyEncoder
 from pathsegdiff.diffusion.pretrain.images import ImagePool, to_unit
-from pathsegdiff.diffusion.pretrain.loop import Figures, Part
+from pathsegdiff.diffusion.pretrain.loop import Figures, Part, StepFigures
 from pathsegdiff.diffusion.pretrain.pictures import save_rows
 from pathsegdiff.diffusion.pretrain.stain import jitter_stain
 from pathsegdiff.diffusion.schedule import NoiseSchedule
@@ -147,7 +147,7 @@ class LdmPart(Part):
         """(B, 3, S, S) uint8."""
         return self.pool.batch(STREAM, step, count, crop_px)
 
-    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Figures]:
+    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, StepFigures]:
         """Squared error of the predicted noise, and of the standardised encoder maps."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         images = to_unit(batch, self.device)
@@ -160,18 +160,18 @@ class LdmPart(Part):
             maps = self.encoder.feature_maps(images)
             embedding = self._embedding(images, maps)
             latent = encode(self.autoencoder, seen, self.latent_scale)
-        noise = torch.randn(latent.shape, generator=generator).to(self.device)
+        noise = self._draw_noise(latent, generator)
         timesteps = timesteps.to(self.device)
         noised = self.scheduler.add_noise(latent, noise, timesteps)
         predicted = self._predict(noised, timesteps, embedding, kept.to(self.device))
         noise_loss = F.mse_loss(predicted.float(), noise)
-        figures = {"noise_loss": noise_loss.item()}
+        figures = {"noise_loss": noise_loss.detach()}
         loss = noise_loss
         if self.pairs:
             errors = self._alignment(self._targets(maps))
-            figures |= {f"align_{name}": error.item() for name, error in errors.items()}
+            figures |= {f"align_{name}": error.detach() for name, error in errors.items()}
             loss = loss + self.settings.align_weight * sum(errors.values()) / len(errors)
-        return loss, {"loss": loss.item(), **figures}
+        return loss, {"loss": loss.detach(), **figures}
 
     @torch.no_grad()
     def held_out(self) -> Figures:
@@ -252,6 +252,14 @@ class LdmPart(Part):
         focus = torch.randint(self.settings.focus_steps, (count,), generator=generator)
         chosen = torch.rand(count, generator=generator) < self.settings.focus_share
         return torch.where(chosen, focus, whole)
+
+    def _draw_noise(self, latent: Tensor, generator: torch.Generator) -> Tensor:
+        """In the shape of the latent; on a GPU by its own generator, which takes no time."""
+        if latent.device.type == "cpu":
+            return torch.randn(latent.shape, generator=generator)
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        own = torch.Generator(latent.device).manual_seed(seed)
+        return torch.randn(latent.shape, generator=own, device=latent.device)
 
     def _capture(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -10,19 +10,23 @@ import io
 import json
 import logging
 import math
-import os
+import signal
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from pathsegdiff.device import autocast
+from pathsegdiff.device import autocast, available_cores
 from pathsegdiff.diffusion.third_party import EMAModel
 from pathsegdiff.errors import RunError
 from pathsegdiff.files import replace_file
@@ -38,7 +42,11 @@ SETTINGS_FILE = "settings.json"
 _MAX_SKIPPED = 20
 #: Threads that read crops. More do not help: a part of it holds Python's lock.
 _MOST_READERS = 4
+#: Processes that read crops for a GPU, whose steps wait for that lock, too.
+_MOST_PROCESSES = 12
 Figures = dict[str, float]
+#: Of one step: tensors without dimensions, left on the device until they are reported.
+StepFigures = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +148,7 @@ class Part(ABC):
         """What the step needs from the disk; called ahead, on another thread."""
 
     @abstractmethod
-    def loss(self, batch: Any, step: int) -> tuple[Tensor, Figures]:
+    def loss(self, batch: Any, step: int) -> tuple[Tensor, StepFigures]:
         """The loss of a step and what of it is logged; the forward pass runs under autocast."""
 
     def after_step(self, step: int, total_steps: int) -> None:  # noqa: B027 (most need nothing)
@@ -194,7 +202,11 @@ class TrainingLoop:
             fused=device.type == "cuda",
         )
         self.ema = EMAModel(
-            self.parameters, decay=settings.ema_decay, use_ema_warmup=True, power=0.75
+            self.parameters,
+            decay=settings.ema_decay,
+            use_ema_warmup=True,
+            power=0.75,
+            foreach=device.type == "cuda",
         )
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=settings.precision == "float16" and device.type == "cuda"
@@ -203,7 +215,7 @@ class TrainingLoop:
         self.seconds = 0.0
         self.rows: list[Figures] = []
         self._skipped = 0
-        self._sums: Figures = {}
+        self._sums: StepFigures = {}
         self._counts: dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._check_identity({**settings.to_dict(), **identity})
@@ -244,9 +256,16 @@ class TrainingLoop:
         began, before = time.monotonic(), self.seconds
         saved = began
         torch.manual_seed(self.settings.seed)
-        with deferred_interrupt() as interrupt, _reader(self.part) as read:
+        processes = 0
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            processes = min(_MOST_PROCESSES, available_cores() - 1)
+        with (
+            deferred_interrupt() as interrupt,
+            read_ahead(self.part, self.settings, self.step, processes) as batches,
+        ):
             while not self.finished:
-                self._train_step(read(self.step, self.settings))
+                self._train_step(next(batches))
                 self.seconds = before + time.monotonic() - began
                 last = self.finished
                 if self.step % report_every == 0 or last:
@@ -304,7 +323,8 @@ class TrainingLoop:
         self.part.after_step(self.step, self.settings.steps)
         self.step += 1
         for name, value in figures.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            so_far = self._sums.get(name)
+            self._sums[name] = value.double() if so_far is None else so_far + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def _state(self) -> PretrainProgress:
@@ -324,7 +344,7 @@ class TrainingLoop:
             "seconds": round(self.seconds, 1),
             "learning_rate": self.settings.rate(self.step - 1),
         }
-        row.update({name: total / self._counts[name] for name, total in self._sums.items()})
+        row.update({name: total.item() / self._counts[name] for name, total in self._sums.items()})
         self._sums, self._counts = {}, {}
         if look:
             with self.averaged(), torch.no_grad(), autocast(self.device, self.settings.precision):
@@ -401,24 +421,62 @@ def _csv(rows: list[Figures]) -> str:
 
 
 @contextmanager
-def _reader(part: Part) -> Iterator[Callable[[int, LoopSettings], Any]]:
-    """Read some steps ahead on threads; what a step reads depends on its number alone."""
-    from concurrent.futures import Future, ThreadPoolExecutor
+def read_ahead(
+    part: Part, settings: LoopSettings, first: int, processes: int = 0
+) -> Iterator[Iterator[Any]]:
+    """What the steps from ``first`` on need from the disk, read some steps ahead.
 
-    threads = min(_MOST_READERS, os.cpu_count() or 1)
+    What a step reads depends on its number alone, not on who reads it.
+
+    Args:
+        part: Whose ``read`` is called.
+        settings: Of its loop.
+        first: Step to begin with.
+        processes: That read; 0 or 1 for threads.
+    """
+    if processes > 1:
+        loader = DataLoader(
+            _Steps(part, settings),
+            batch_size=None,
+            sampler=range(first, settings.steps),
+            num_workers=processes,
+            multiprocessing_context="fork",  # the images are not copied
+            worker_init_fn=_leave_interrupts_to_the_parent,
+            pin_memory=torch.cuda.is_available(),
+        )
+        yield iter(loader)
+        return
+    threads = min(_MOST_READERS, available_cores())
     pool = ThreadPoolExecutor(threads, "psd-crops")
-    waiting: dict[int, Future[Any]] = {}
 
-    def submit(step: int, settings: LoopSettings) -> None:
-        if step not in waiting and step < settings.steps:
-            waiting[step] = pool.submit(part.read, step, *settings.batch_at(step))
+    def read(step: int) -> Any:
+        return part.read(step, *settings.batch_at(step))
 
-    def read(step: int, settings: LoopSettings) -> Any:
-        for ahead in range(step, step + threads + 2):
-            submit(ahead, settings)
-        return waiting.pop(step).result()
+    def batches() -> Iterator[Any]:
+        steps = iter(range(first, settings.steps))
+        waiting = deque(pool.submit(read, step) for step in islice(steps, threads + 2))
+        while waiting:
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(read, step) for step in islice(steps, 1))
+            yield batch
 
     try:
-        yield read
+        yield batches()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Steps(Dataset[Any]):
+    """Step -> what it reads, for the loader's processes."""
+
+    def __init__(self, part: Part, settings: LoopSettings) -> None:
+        self.part, self.settings = part, settings
+
+    def __getitem__(self, step: int) -> Any:
+        return self.part.read(step, *self.settings.batch_at(step))
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the parent ends the readers when it is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,12 +68,12 @@ class PackedImages:
 
     Attributes:
         count: Images.
-        quality: WebP quality of all of them, 0 to 100.
+        quality: WebP quality of all of them, 0 to 100; None where the files fit as they are.
         bytes: Of the archive.
     """
 
     count: int
-    quality: int
+    quality: int | None
     bytes: int
 
 
@@ -83,10 +84,11 @@ def pack_images(
     max_bytes: int = MAX_IMAGES_BYTES,
     encoder: Path | None = None,
 ) -> PackedImages:
-    """Put images into one archive, as WebP of the highest quality at which they fit.
+    """Put images into one archive, as they are or as WebP of the highest quality at which they fit.
 
     Their sizes stay, and an index keeps order, scales and groups: a pool of the unpacked folder
-    holds out the same images and cuts the same crops.
+    holds out the same images and cuts the same crops. A file that is there at several scales
+    travels once.
 
     Args:
         images: As ``find_images`` found them.
@@ -98,45 +100,72 @@ def pack_images(
         DataError: If they do not fit at any quality, or one is too large for WebP.
         RunError: If the encoder is not finished.
     """
+    along: dict[str, Path | bytes] = {}
+    if encoder is not None:
+        along = {f"{ENCODER_FOLDER}/{k}": v for k, v in _finished(encoder).items()}
+    fixed = sum(len(v) if isinstance(v, bytes) else v.stat().st_size for v in along.values())
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / "images.tar"
+        found = _as_they_are(images, along, trial, max_bytes) or _encoded(
+            images, along, trial, max_bytes, fixed
+        )
+        replace_file(archive, lambda file: shutil.copyfile(trial, file))
+    return found
+
+
+def _as_they_are(
+    images: Sequence[PoolImage], along: Mapping[str, Path | bytes], archive: Path, max_bytes: int
+) -> PackedImages | None:
+    """Write the archive of the files themselves; None where they are too large."""
+    names = _names(images)
+    if sum(file.stat().st_size for file in names) >= max_bytes:
+        return None
+    files = {name: file for file, name in names.items()}
+    size = write_archive(archive, {INDEX_FILE: _index(images, names, None), **files, **along})
+    return PackedImages(count=len(images), quality=None, bytes=size) if size < max_bytes else None
+
+
+def _encoded(
+    images: Sequence[PoolImage],
+    along: Mapping[str, Path | bytes],
+    archive: Path,
+    max_bytes: int,
+    fixed: int,
+) -> PackedImages:
+    """Write the archive of WebP files of the highest quality at which they fit."""
     wide = [image for image in images if max(image.size) > _WEBP_MOST_PX]
     if wide:
         raise DataError(
             f"{wide[0].path} has a side of more than {_WEBP_MOST_PX} px, which WebP cannot hold; "
             "cut it first"
         )
-    along: dict[str, Path | bytes] = {}
-    if encoder is not None:
-        along = {f"{ENCODER_FOLDER}/{k}": v for k, v in _finished(encoder).items()}
-    fixed = sum(len(v) if isinstance(v, bytes) else v.stat().st_size for v in along.values())
-    quality = _likely_quality(images, max_bytes - fixed)
-    best: tuple[PackedImages, bytes] | None = None
+    names = _names(images, ".webp")
+    once = [{image.path: image for image in images}[file] for file in names]
+    quality = _likely_quality(once, max_bytes - fixed)
+    best: PackedImages | None = None
     failed = 101
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder) / "images.tar"
-        while 0 <= quality < failed:
-            files = _encode_all(images, quality, max_bytes)
-            size = max_bytes
-            if files is not None:
-                index = _index(images, files, quality)
-                size = write_archive(trial, {INDEX_FILE: index, **files, **along})
-            logger.info("quality %d: %s bytes", quality, f"{size:,}" if files else "too many")
-            if size < max_bytes:
-                found = PackedImages(count=len(images), quality=quality, bytes=size)
-                best = found, trial.read_bytes()
-                quality += 1
-            else:
-                failed = quality
-                quality -= 1
-            if best is not None and best[0].quality == failed - 1:
-                break
+    trial = archive.with_name("trial.tar")
+    while 0 <= quality < failed and (best is None or best.quality != failed - 1):
+        files = _encode_all(names, quality, max_bytes)
+        size = max_bytes
+        if files is not None:
+            size = write_archive(
+                trial, {INDEX_FILE: _index(images, names, quality), **files, **along}
+            )
+        logger.info("quality %d: %s bytes", quality, f"{size:,}" if files else "too many")
+        if size < max_bytes:
+            best = PackedImages(count=len(images), quality=quality, bytes=size)
+            trial.replace(archive)
+            quality += 1
+        else:
+            failed = quality
+            quality -= 1
     if best is None:
         raise DataError(
             f"{len(images)} images do not fit into {max_bytes:,} bytes at any quality; take fewer, "
             "or a larger limit"
         )
-    packed, data = best
-    replace_file(archive, lambda file: file.write_bytes(data))
-    return packed
+    return best
 
 
 def unpack_images(archive: Path, folder: Path) -> None:
@@ -157,25 +186,37 @@ def unpack_images(archive: Path, folder: Path) -> None:
             raise DataError(f"{archive} is no archive of images: it has no {INDEX_FILE}")
 
 
-def _index(images: Sequence[PoolImage], files: Mapping[str, bytes], quality: int) -> bytes:
+def _names(images: Sequence[PoolImage], suffix: str | None = None) -> dict[Path, str]:
+    """File -> its name in the archive, in the order of the images; each file once."""
+    names: dict[Path, str] = {}
+    for image in images:
+        file = image.path
+        names.setdefault(file, f"{len(names):05d}{suffix or file.suffix.lower()}")
+    return names
+
+
+def _index(images: Sequence[PoolImage], names: Mapping[Path, str], quality: int | None) -> bytes:
     entries = [
-        {"file": file, "scale": float(image.scale), "group": image.group, "name": image.path.name}
-        for file, image in zip(files, images, strict=True)
+        {
+            "file": names[image.path],
+            "scale": float(image.scale),
+            "group": image.group,
+            "name": image.path.name,
+        }
+        for image in images
     ]
     values = {"kind": INDEX_KIND, "quality": quality, "images": entries}
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def _encode_all(
-    images: Sequence[PoolImage], quality: int, max_bytes: int
-) -> dict[str, bytes] | None:
-    """File name -> WebP, in order; None once they are more than ``max_bytes``."""
+def _encode_all(names: Mapping[Path, str], quality: int, max_bytes: int) -> dict[str, bytes] | None:
+    """Name -> WebP, in order; None once they are more than ``max_bytes``."""
     files: dict[str, bytes] = {}
     total = 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        pending = pool.map(lambda image: _webp(read_image(image.path), quality), images)
-        for number, data in enumerate(pending):
-            files[f"{number:05d}.webp"] = data
+        pending = pool.map(lambda file: _webp(read_image(file), quality), names)
+        for name, data in zip(names.values(), pending, strict=True):
+            files[name] = data
             total += len(data)
             if total >= max_bytes:
                 pool.shutdown(wait=True, cancel_futures=True)
