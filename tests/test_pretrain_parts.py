@@ -219,9 +219,9 @@ def test_without_alignment_there_are_no_projections(pool):
 
 def test_a_dropped_condition_is_the_null_condition_of_stage_1(pool):
     part = _ldm(pool, drop_condition=1.0)
-    conditioner = part.trained["conditioner"]
+    conditioner = part.trained.conditioner
     seen = []
-    part.trained["unet"].register_forward_pre_hook(
+    part.trained.unet.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].detach()),
         with_kwargs=True,
     )

@@ -8,7 +8,7 @@ encoder has, and linear, since the head that will read the taps begins with a li
 Shapes: B = crops, S = crop_px, C, h, w = of the latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -125,18 +125,13 @@ class LdmPart(Part):
             )
             for pair in self.pairs
         }
-        self.networks = nn.ModuleDict(
-            {
-                "unet": build_unet(unet_config),
-                "conditioner": Conditioner(**conditioner),
-                "projections": nn.ModuleDict(projections),
-            }
+        self.networks = DenoisingLoss(
+            build_unet(unet_config),
+            Conditioner(**conditioner),
+            nn.ModuleDict(projections),
+            {pair.tap.name: pair.tap.module_path for pair in self.pairs},
         ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._captured: dict[str, Tensor] = {}
-        for pair in self.pairs:
-            self.networks["unet"].get_submodule(pair.tap.module_path).register_forward_hook(
-                self._capture(pair.tap.name)
-            )
+        self._is_captured = False
 
     @property
     def trained(self) -> nn.Module:
@@ -163,14 +158,16 @@ class LdmPart(Part):
         noise = self._draw_noise(latent, generator)
         timesteps = timesteps.to(self.device)
         noised = self.scheduler.add_noise(latent, noise, timesteps)
-        predicted = self._predict(noised, timesteps, embedding, kept.to(self.device))
-        noise_loss = F.mse_loss(predicted.float(), noise)
+        tensors = (noised, noise, timesteps, embedding, kept.to(self.device), *self._targets(maps))
+        if self.device.type == "cuda" and not self._is_captured:
+            self._capture(tensors)
+        noise_loss, *errors = self.networks(*tensors)
         figures = {"noise_loss": noise_loss.detach()}
         loss = noise_loss
-        if self.pairs:
-            errors = self._alignment(self._targets(maps))
-            figures |= {f"align_{name}": error.detach() for name, error in errors.items()}
-            loss = loss + self.settings.align_weight * sum(errors.values()) / len(errors)
+        if errors:
+            loss = loss + self.settings.align_weight * sum(errors) / len(errors)
+            names = [f"align_{pair.tap.name}" for pair in self.pairs]
+            figures |= {name: e.detach() for name, e in zip(names, errors, strict=True)}
         return loss, {"loss": loss.detach(), **figures}
 
     @torch.no_grad()
@@ -182,6 +179,7 @@ class LdmPart(Part):
         images = to_unit(self.pool.held_out_batch(self.held_out_crops, self.patch_px), self.device)
         generator = torch.Generator().manual_seed(self.seed)
         embedding, _ = self.encoder(images)
+        targets = self._targets(self.encoder.feature_maps(images))
         latent = encode(self.autoencoder, images, self.latent_scale)
         found: Figures = {}
         sums = {"conditioned": 0.0, "null": 0.0}
@@ -191,15 +189,14 @@ class LdmPart(Part):
             noised = self.scheduler.add_noise(latent, noise, steps)
             for name, kept in (("conditioned", 1), ("null", 0)):
                 mask = torch.full((len(latent),), kept, dtype=torch.bool, device=self.device)
-                predicted = self._predict(noised, steps, embedding, mask)
-                error = F.mse_loss(predicted.float(), noise).item()
+                noise_loss, *errors = self.networks(noised, noise, steps, embedding, mask, *targets)
+                error = noise_loss.item()
                 sums[name] += error / len(LOOK_AT)
                 if name == "conditioned":
                     found[f"held_out_t{timestep}"] = error
-                if timestep == 50 and kept and self.pairs:
-                    targets = self._targets(self.encoder.feature_maps(images))
-                    errors = self._alignment(targets)
-                    found |= {f"held_out_align_{key}": e.item() for key, e in errors.items()}
+                if timestep == 50 and kept:
+                    for pair, e in zip(self.pairs, errors, strict=True):
+                        found[f"held_out_align_{pair.tap.name}"] = e.item()
         return {f"held_out_{name}": value for name, value in sums.items()} | found
 
     @torch.no_grad()
@@ -213,7 +210,7 @@ class LdmPart(Part):
         noise = torch.randn(latent.shape, generator=generator).to(self.device)
         steps = torch.full((len(latent),), 200, device=self.device)
         noised = self.scheduler.add_noise(latent, noise, steps)
-        predicted = self._predict(noised, steps, embedding, everyone).float()
+        predicted = self.networks.predict(noised, steps, embedding, everyone).float()
         alpha_bar = self.scheduler.alphas_cumprod[200].to(self.device)
         clean = (noised - (1 - alpha_bar).sqrt() * predicted) / alpha_bar.sqrt()
         rows = [images, self._decode(noised), self._decode(clean), self._decode(latent)]
@@ -222,25 +219,23 @@ class LdmPart(Part):
         self.sampler.set_timesteps(_SAMPLING_STEPS)
         for timestep in self.sampler.timesteps:
             steps = torch.full((len(sample),), int(timestep), device=self.device)
-            predicted = self._predict(sample, steps, embedding, everyone).float()
+            predicted = self.networks.predict(sample, steps, embedding, everyone).float()
             sample = self.sampler.step(predicted, int(timestep), sample).prev_sample
         save_rows(folder, "samples", [images, self._decode(sample)])
 
     # -- the networks --
 
-    def _predict(
-        self, noised: Tensor, timesteps: Tensor, embedding: Tensor, kept: Tensor
-    ) -> Tensor:
-        conditioner = self.networks["conditioner"]
-        with_condition = conditioner(embedding, len(noised))
-        without = conditioner(None, len(noised))
-        context = torch.where(kept[:, None, None], with_condition, without)
-        return self.networks["unet"](
-            noised.contiguous(memory_format=torch.channels_last),
-            timesteps,
-            encoder_hidden_states=context,
-            return_dict=False,
-        )[0]
+    def _capture(self, tensors: tuple[Tensor, ...]) -> None:
+        """Record the networks' kernels once, forward and backward, and replay them in every step.
+
+        On a GPU the thousands of small kernels of a step take less time than to launch them. Only
+        the training mode is replayed; each step has the same shapes.
+        """
+        dtype = torch.get_autocast_dtype("cuda")
+        enabled = torch.is_autocast_enabled("cuda")
+        with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+            torch.cuda.make_graphed_callables(self.networks, tensors, allow_unused_input=True)
+        self._is_captured = True
 
     def _decode(self, latent: Tensor) -> Tensor:
         decoded = self.autoencoder.decode(latent / self.latent_scale, return_dict=False)[0]  # type: ignore[operator]
@@ -261,32 +256,94 @@ class LdmPart(Part):
         own = torch.Generator(latent.device).manual_seed(seed)
         return torch.randn(latent.shape, generator=own, device=latent.device)
 
-    def _capture(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._captured[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
     def _embedding(self, images: Tensor, maps: list[Tensor]) -> Tensor:
         if isinstance(self.encoder, ConvEncoder):
             return maps[-1].mean(dim=(2, 3))
         return self.encoder(images)[0]
 
     def _targets(self, maps: list[Tensor]) -> list[Tensor]:
-        return [
+        """Of each pair: the standardised maps, at the size of the tap."""
+        standard = [
             (features.float() - mean[:, None, None]) / std[:, None, None]
             for features, (mean, std) in zip(maps, self.statistics, strict=True)
         ]
-
-    def _alignment(self, targets: list[Tensor]) -> dict[str, Tensor]:
-        """Tap -> mean squared error of its projection against its standardised targets."""
-        errors = {}
+        targets = []
         for pair in self.pairs:
-            projected = self.networks["projections"][pair.tap.name](self._captured[pair.tap.name])
-            size = projected.shape[-2:]
-            wanted = torch.cat([_resize(targets[number], size) for number in pair.maps], dim=1)
-            errors[pair.tap.name] = F.mse_loss(projected.float(), wanted)
-        return errors
+            side = self.patch_px // pair.tap.stride
+            wanted = [_resize(standard[number], (side, side)) for number in pair.maps]
+            targets.append(torch.cat(wanted, dim=1))
+        return targets
+
+
+class DenoisingLoss(nn.Module):
+    """What is trained, and its losses: UNet, conditioner, and projections of some taps.
+
+    Args:
+        unet: Predicts the noise.
+        conditioner: Makes its context.
+        projections: Tap -> 1 x 1 convolution.
+        modules: Tap -> path of its module in the UNet.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        conditioner: Conditioner,
+        projections: nn.ModuleDict,
+        modules: Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self.unet, self.conditioner, self.projections = unet, conditioner, projections
+        self._tapped: dict[str, Tensor] = {}
+        for name, path in modules.items():
+            unet.get_submodule(path).register_forward_hook(self._hook(name))
+
+    def forward(
+        self,
+        noised: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        embedding: Tensor,
+        kept: Tensor,
+        *targets: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Squared errors.
+
+        Args:
+            noised: (B, C, h, w) z_t.
+            noise: (B, C, h, w) what of it is noise.
+            timesteps: (B,) int64.
+            embedding: (B, D) of the encoder.
+            kept: (B,) bool: whether the condition is given.
+            targets: For each projection, in order, the (B, ..., h', w') that it has to give.
+
+        Returns:
+            Mean squared errors: of the noise, then of each projection.
+        """
+        predicted = self.predict(noised, timesteps, embedding, kept)
+        losses = [F.mse_loss(predicted.float(), noise)]
+        for (name, projection), wanted in zip(self.projections.items(), targets, strict=True):
+            losses.append(F.mse_loss(projection(self._tapped[name]).float(), wanted))
+        self._tapped.clear()
+        return tuple(losses)
+
+    def predict(self, noised: Tensor, timesteps: Tensor, embedding: Tensor, kept: Tensor) -> Tensor:
+        """The predicted noise, (B, C, h, w)."""
+        with_condition = self.conditioner(embedding, len(noised))
+        without = self.conditioner(None, len(noised))
+        context = torch.where(kept[:, None, None], with_condition, without)
+        return self.unet(
+            noised.contiguous(memory_format=torch.channels_last),
+            timesteps,
+            encoder_hidden_states=context,
+            return_dict=False,
+        )[0]
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._tapped[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
 
 
 @dataclass(frozen=True, kw_only=True)
