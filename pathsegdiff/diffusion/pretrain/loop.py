@@ -258,7 +258,6 @@ class TrainingLoop:
         torch.manual_seed(self.settings.seed)
         processes = 0
         if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
             processes = min(_MOST_PROCESSES, available_cores() - 1)
         with (
             deferred_interrupt() as interrupt,
