@@ -113,6 +113,9 @@ def parse() -> argparse.Namespace:
     train.add_argument(
         "--data", default="packed images", help="what it is trained on, for the card"
     )
+    train.add_argument(
+        "--end", action="store_true", help="train no further: a bundle of the weights so far"
+    )
     train.add_argument("--stop-at", metavar="PART:STEP", help="stop there (for rehearsals)")
     options = parser.parse_args()
     for needs, name in (
@@ -220,7 +223,7 @@ def turn(options: argparse.Namespace) -> int:
         pool = open_pool([str(images)], seed=options.seed)
         training = Pretraining(plan, pool, work, resolve_device(options.device), options.seed)
         try:
-            train(training, plan, until, options.stop_at)
+            train(training, plan, until, options.stop_at, end=options.end)
         except (Exception, KeyboardInterrupt) as error:
             failure = error
         try:
@@ -238,8 +241,10 @@ def turn(options: argparse.Namespace) -> int:
     return 0
 
 
-def train(training: Pretraining, plan: Plan, until: float, stop_at: str | None) -> None:
-    """Go on with one part after the other until the time is up."""
+def train(
+    training: Pretraining, plan: Plan, until: float, stop_at: str | None, *, end: bool
+) -> None:
+    """Go on with one part after the other until the time is up, or end with what is there."""
     stop_part, _, stop_step = (stop_at or "").partition(":")
     shown, stopped = 0.0, False
 
@@ -266,7 +271,8 @@ def train(training: Pretraining, plan: Plan, until: float, stop_at: str | None) 
             stop_at=until,
             report_every=max(1, min(50, steps // 20)),
             look_every=max(1, steps // 5),
-            checkpoint_seconds=120,
+            checkpoint_seconds=60,
+            end=end,
         )
         try:
             if not training.train(part, options, progress=progress):

@@ -150,3 +150,14 @@ def test_an_error_of_a_reading_process_names_its_cause():
         pytest.raises(DataError, match="image.png is damaged"),
     ):
         next(batches)
+
+
+def test_a_training_can_end_with_the_steps_that_are_done(tmp_path):
+    loop = loop_of(tmp_path / "a")
+    with pytest.raises(RunError, match="no step is done"):
+        loop.end()
+    loop.run(stop_at=0.0)
+    part = loop.part
+    loop.end()
+    assert loop.step == 1 and part.looked == [1]
+    assert loop.rows[-1]["step"] == 1 and "held_out_slope" in loop.rows[-1]

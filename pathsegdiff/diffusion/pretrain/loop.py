@@ -281,6 +281,17 @@ class TrainingLoop:
                     break
         return self.finished
 
+    def end(self) -> None:
+        """Be content with the steps that are done: look at them once more, and train no further.
+
+        Raises:
+            RunError: If no step is done.
+        """
+        if self.step == 0:
+            raise RunError(f"{self.folder}: no step is done that the training could end with")
+        if not self.finished:
+            self._report(look=True)
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averaged weights in place inside the block."""

@@ -63,12 +63,14 @@ class LoopOptions:
         report_every: Steps between rows of the log.
         look_every: Steps between held-out figures and pictures.
         checkpoint_seconds: Between checkpoints.
+        end: Train no further; leave the averaged weights of the latest checkpoint.
     """
 
     stop_at: float | None = None
     report_every: int = 50
     look_every: int = 1000
     checkpoint_seconds: float = 300.0
+    end: bool = False
 
 
 class Pretraining:
@@ -99,7 +101,8 @@ class Pretraining:
 
         Raises:
             ConfigError: If there is no such part.
-            RunError: If an earlier part is not finished, or the folder holds another training.
+            RunError: If an earlier part is not finished, or the folder holds another training, or
+                none of which a step is done where it is to end.
         """
         if part not in (*PARTS, *EXTRA_PARTS):
             raise ConfigError(f"the parts are {', '.join((*PARTS, *EXTRA_PARTS))}, got {part!r}")
@@ -113,13 +116,17 @@ class Pretraining:
             network, identity = self._part(part)
         settings = getattr(self.plan, part)
         loop = TrainingLoop(network, settings, self.work / part, identity, self.device)
-        done = loop.run(
-            progress=progress,
-            report_every=options.report_every,
-            look_every=options.look_every,
-            checkpoint_seconds=options.checkpoint_seconds,
-            stop_at=options.stop_at,
-        )
+        if options.end:
+            loop.end()
+            done = True
+        else:
+            done = loop.run(
+                progress=progress,
+                report_every=options.report_every,
+                look_every=options.look_every,
+                checkpoint_seconds=options.checkpoint_seconds,
+                stop_at=options.stop_at,
+            )
         if done:
             with loop.averaged():
                 self._leave(part, network)
@@ -294,7 +301,7 @@ class Pretraining:
             if name not in ("step", "learning_rate", "seconds")
         }
         facts: dict[str, Any] = {
-            "steps": loop.step,
+            "steps": loop.step if loop.finished else f"{loop.step} of {loop.settings.steps}",
             "hours": round(loop.seconds / 3600, 2),
             "hardware": device_name(self.device),
             "precision": loop.settings.precision,
