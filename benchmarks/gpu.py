@@ -5,14 +5,17 @@
 
 Without a bundle: random weights in the shapes of ``--preset`` (paper), which are as fast as trained
 ones. Measured are a large matrix product or convolution and a copy (the ceilings), bare forwards
-and whole extractions for each batch size (images read, noise, networks, stitching, store with
+for each batch size, whole extractions for each (images read, noise, networks, stitching, store with
 checksums; the share of the bare forwards is how busy the GPU is kept), and the head's step, plain
 and folded.
-The file is written after each part, and no part begins that would probably not end in time.
+The file is written after each part, and no part begins that would probably not end in time. An
+extraction writes 14 MB of a patch, the plain way beside it 60: where the disk of --scratch is slow
+(the file says how fast), a smaller --region, or --scratch /dev/shm, leaves time for all parts.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,9 +33,18 @@ from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.stage_one import StageOne
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.pipeline.bench import extraction, head
-from pathsegdiff.pipeline.bench.measure import compute_rate, copy_rate, largest_resident_bytes
+from pathsegdiff.pipeline.bench.measure import (
+    Spread,
+    compute_rate,
+    copy_rate,
+    in_turns,
+    largest_resident_bytes,
+)
 from pathsegdiff.pipeline.bench.regions import tiled_dataset
 from pathsegdiff.provenance import versions
+
+#: Written to see how fast the disk is.
+_DISK_BYTES = 256 << 20
 
 
 def main() -> None:
@@ -92,6 +104,7 @@ def measurements(
         lambda: {
             "multiply_adds_per_second": compute_rate(device, precision),
             "copy_bytes_per_second": copy_rate(device),
+            "scratch_written_bytes_per_second": disk_rate(scratch),
         },
     )
     if options.model is None:
@@ -100,16 +113,20 @@ def measurements(
         bundle = load_bundle(options.model)
     dataset = tiled_dataset(scratch / "tiles", options.samples, options.region)
     batches = [int(size) for size in options.batches.split(",")]
+    stages = {}
     for size in batches:
         if size > (options.region // bundle.card.patch_px) ** 2:
             raise ConfigError(f"a region of {options.region} px has no {size} patches")
+        stages[size] = partial(extraction.stage_one_of, bundle, device, precision, size)
+        yield f"forwards, batch {size}", partial(measure_forwards, dataset, stages[size], options)
+    for size in batches:
         yield (
             f"extraction, batch {size}",
             partial(
                 measure_extraction,
                 dataset,
                 bundle,
-                extraction.stage_one_of(bundle, device, precision, size),
+                stages[size](),
                 scratch,
                 options.runs,
                 plain=size == batches[0],
@@ -121,6 +138,42 @@ def measurements(
             f"head, batch {size}",
             partial(measure_head, store, scratch / "plain", device, precision, size, options.runs),
         )
+
+
+def measure_forwards(
+    dataset: Dataset, make: Callable[[], StageOne], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The networks alone, on patches in memory."""
+    stage_one = make()
+    regions = [
+        stage_one.prepare(dataset.read(sample).image, sample.sample_id)
+        for sample in dataset.samples
+    ]
+    patches = sum(len(region.patches) for region in regions)
+    bare = partial(extraction.bare_forwards, stage_one, regions)
+    seconds = in_turns({"bare": bare}, options.runs, stage_one.device)["bare"]
+    per_second = Spread.of([patches / value for value in seconds])
+    multiply_adds = extraction.count_multiply_adds(stage_one.model)
+    memory = 0
+    if stage_one.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(stage_one.device)
+    return {
+        "patches_per_second": asdict(per_second),
+        "multiply_adds_per_second": per_second.median * multiply_adds,
+        "device_memory_bytes": memory,
+    }
+
+
+def disk_rate(folder: Path) -> float:
+    """Bytes per second of a plain file that is written and reaches the disk."""
+    data, file = bytes(_DISK_BYTES), folder / "written"
+    begin = time.perf_counter()
+    with file.open("wb") as stream:
+        stream.write(data)
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - begin
+    file.unlink()
+    return _DISK_BYTES / seconds
 
 
 def measure_extraction(

@@ -174,7 +174,12 @@ def test_the_gpu_script_ends_with_every_part_and_stops_when_its_time_is_up(tmp_p
     subprocess.run([*script, *small, "--runs", "1", "--json", str(file)], check=True, cwd=tmp_path)
     found = json.loads(file.read_text())
     assert found["finished"]
-    assert list(found["parts"]) == ["ceilings", "extraction, batch 2", "head, batch 1"]
+    parts = ["ceilings", "forwards, batch 2", "extraction, batch 2", "head, batch 1"]
+    assert list(found["parts"]) == parts
+    forwards = found["parts"]["forwards, batch 2"]
+    assert forwards["patches_per_second"]["median"] > 0
+    assert forwards["multiply_adds_per_second"] > 0
+    assert found["parts"]["ceilings"]["scratch_written_bytes_per_second"] > 0
     assert found["parts"]["extraction, batch 2"]["of_bare"]["median"] > 0
     subprocess.run([*script, *small, "--minutes", "0", "--json", str(file)], check=True)
     assert json.loads(file.read_text())["parts"] == {}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pathsegdiff.device import autocast, available_cores
+from pathsegdiff.device import autocast, available_cores, device_name
 from pathsegdiff.diffusion.third_party import EMAModel
 from pathsegdiff.errors import RunError
 from pathsegdiff.files import replace_file
@@ -213,6 +213,7 @@ class TrainingLoop:
         )
         self.step = 0
         self.seconds = 0.0
+        self.hardware: list[str] = []
         self.rows: list[Figures] = []
         self._skipped = 0
         self._sums: StepFigures = {}
@@ -256,6 +257,8 @@ class TrainingLoop:
         began, before = time.monotonic(), self.seconds
         saved = began
         torch.manual_seed(self.settings.seed)
+        if (name := device_name(self.device)) not in self.hardware:
+            self.hardware.append(name)
         processes = 0
         if self.device.type == "cuda":
             processes = min(_MOST_PROCESSES, available_cores() - 1)
@@ -374,6 +377,7 @@ class TrainingLoop:
             "ema": self.ema.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rows": self.rows,
+            "hardware": self.hardware,
         }
         replace_file(self.folder / CHECKPOINT_FILE, lambda file: torch.save(state, file))
 
@@ -391,6 +395,7 @@ class TrainingLoop:
                 self.scaler.load_state_dict(state["scaler"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.rows = list(state["rows"])
+            self.hardware = [str(name) for name in state.get("hardware", [])]
         except Exception as error:  # torch names a broken file in a dozen ways
             raise RunError(
                 f"{file} is not a checkpoint of this training ({error!s:.100}); remove "

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pathsegdiff.device import device_name
 from pathsegdiff.diffusion.autoencoder import build_autoencoder, latent_stride
 from pathsegdiff.diffusion.bundle import (
     Bundle,
@@ -303,7 +302,7 @@ class Pretraining:
         facts: dict[str, Any] = {
             "steps": loop.step if loop.finished else f"{loop.step} of {loop.settings.steps}",
             "hours": round(loop.seconds / 3600, 2),
-            "hardware": device_name(self.device),
+            "hardware": ", ".join(loop.hardware),
             "precision": loop.settings.precision,
             "images": len(self.pool.train),
             "held out": len(self.pool.held_out),

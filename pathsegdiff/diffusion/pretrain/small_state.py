@@ -33,7 +33,7 @@ _AVERAGE = (
     "inv_gamma",
     "power",
 )
-_PLAIN = ("step", "seconds", "rows", "scaler")
+_PLAIN = ("step", "seconds", "rows", "hardware", "scaler")
 
 
 def shrink(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -70,7 +70,7 @@ def shrink(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
             rows, columns = second.flatten(1).mean(1), second.flatten(1).mean(0)
             tensors[f"second_rows/{number}"], tensors[f"second_columns/{number}"] = rows, columns
     facts = {
-        **{name: state[name] for name in _PLAIN},
+        **{name: state[name] for name in _PLAIN if name in state},
         "average": {name: state["ema"][name] for name in _AVERAGE},
         "average_of": names,
         "strides": [list(shadow.stride()) for shadow in shadows],
@@ -113,7 +113,7 @@ def expand(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str,
         }
     groups = [{**group, "betas": tuple(group["betas"])} for group in facts["groups"]]
     return {
-        **{name: facts[name] for name in _PLAIN},
+        **{name: facts[name] for name in _PLAIN if name in facts},
         "weights": weights,
         "extra": {name: _single(value) for name, value in _below(tensors, "extra/")},
         "optimizer": {"state": moments, "param_groups": groups},
