@@ -54,6 +54,22 @@ def _limits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
     return tuple(None if part == "all" else int(part) for part in parts)
 
 
+def _weights(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, Path]:
+    from pathsegdiff.pipeline.tables.rows import ENCODERS
+
+    found: dict[str, Path] = {}
+    for text in value:
+        encoder, _, file = text.partition("=")
+        if encoder not in ENCODERS or not file:
+            raise click.BadParameter(
+                f"must be ENCODER=FILE, ENCODER one of {', '.join(ENCODERS)}, got {text!r}"
+            )
+        if encoder in found:
+            raise click.BadParameter(f"gives {encoder} two files: {found[encoder]} and {file}")
+        found[encoder] = Path(file)
+    return found
+
+
 def _common_options(name: str, dataset: str, model: str) -> list[Decorator]:
     """Of every table and figure that is trained: on what, for how long, where to."""
     return [
@@ -114,6 +130,15 @@ def _table_options(name: str, dataset: str, model: str, rows: str) -> Decorator:
                 metavar="NAME|BUNDLE",
                 help="A model of its own for the row null [default: the model with the null "
                 "condition].",
+            ),
+            click.option(
+                "--encoder-weights",
+                multiple=True,
+                callback=_weights,
+                metavar="ENCODER=FILE",
+                help="ImageNet weights at hand (.pth or .safetensors, as torchvision and timm have "
+                "them) of resnet18 (row res-unet) or vgg16_bn (vgg16-fcn8 and dcan); may be given "
+                "for each [default: from scratch].",
             ),
             click.option("--t", "timestep", type=int, default=50, show_default=True),
             click.option(
@@ -288,7 +313,8 @@ def _make(
     chosen = tuple(name.strip() for name in rows.split(","))
     missing = []
     if not table_only:
-        wanted = {name: others[name] for name in ("dataset", "data_root", "model", "unconditional")}
+        given = ("dataset", "data_root", "model", "unconditional", "encoder_weights")
+        wanted = {name: others[name] for name in given}
         missing = missing_things(rows=chosen, **wanted)
     _refuse_missing(table, missing)
     settings = plan_table(table, rows=chosen, limits=limit_images, **others)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -19,6 +20,7 @@ from cli.main import run
 from pathsegdiff.errors import ConfigError, RunError
 from pathsegdiff.evaluation.compare import compare, join, read_scored
 from pathsegdiff.files import file_sha256
+from pathsegdiff.pipeline.baselines.networks import ARCHITECTURES, build_network
 from pathsegdiff.pipeline.tables import curves, make, rows
 from pathsegdiff.pipeline.tables.columns import columns_of
 from pathsegdiff.pipeline.tables.make import make_runs, missing_things
@@ -409,6 +411,36 @@ def test_an_unconditional_model_of_its_own_stands_in_the_null_row(folder, tmp_pa
     alone = [*command, "--rows", "null", "--unconditional", str(other)]
     alone[alone.index("--model") + 1] = "absent"
     assert run(alone) == 0
+
+
+def test_networks_begin_with_weights_at_hand_and_their_row_says_so(folder, tmp_path, quick, capsys):
+    encoders = {name: architecture.encoder for name, architecture in ARCHITECTURES.items()}
+    for name, row in ROWS.items():
+        assert row.encoder is None or row.encoder == encoders[name]
+    file, other = tmp_path / "resnet18.pth", tmp_path / "other.pth"
+    for path, seed in ((file, 5), (other, 6)):
+        torch.save(build_network("res-unet", 2, seed=seed).encoder.state_dict(), path)
+    out = tmp_path / "t"
+    command = ["reproduce", "table4", "--dataset", str(folder / "data" / "discs.toml")]
+    command += ["--rows", "res-unet", "--seeds", "0", "--jobs", "1", "--out", str(out)]
+    weights = ["--encoder-weights", f"resnet18={file}"]
+    assert run([*command, "--encoder-weights", f"resnet50={file}"]) == 2
+    assert "ENCODER one of resnet18, vgg16_bn" in capsys.readouterr().err
+    assert run([*command, "--encoder-weights", "resnet18=absent.pth"]) == 1
+    assert "missing: --encoder-weights resnet18=absent.pth" in capsys.readouterr().err
+    assert run([*command, *weights, "--encoder-weights", "vgg16_bn=absent.pth"]) == 0
+    assert "U-Net with a ResNet-18 encoder, encoder from resnet18.pth" in capsys.readouterr().out
+    config = json.loads((out / "runs/res-unet-seed0/config.json").read_text())
+    assert config["network"]["encoder_weights"]["sha256"] == file_sha256(file)
+    done = len(quick)
+    assert run([*command, *weights]) == 0 and len(quick) == done
+    for asked, digest in (([], "none"), (["--encoder-weights", f"resnet18={other}"], "sha256")):
+        assert run([*command, *asked]) == 1
+        assert f"than this asks for ({digest}" in capsys.readouterr().err
+    assert run([*command, *weights, "--table-only"]) == 0
+    file.unlink()
+    assert run([*command, *weights, "--table-only"]) == 1
+    assert "cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_runs_of_another_model_of_the_same_name_are_refused(folder, tmp_path, quick, capsys):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from pathsegdiff.diffusion.bundle import (
     resolve_bundle,
 )
 from pathsegdiff.errors import MALFORMED, BundleError, DataError, RunError
+from pathsegdiff.files import file_sha256
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
 from pathsegdiff.pipeline.tables.rows import ROWS, Job, TableSettings, check_rows
 from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE, write_json
@@ -97,6 +98,7 @@ def missing_things(
     model: str,
     rows: Sequence[str],
     unconditional: str | None = None,
+    encoder_weights: Mapping[str, Path] | None = None,
 ) -> list[str]:
     """What is not there, each in one line with how to get it; empty where all is."""
     check_rows(rows)
@@ -123,6 +125,9 @@ def missing_things(
         missing.append(str(error))
     if any(ROWS[name].store is None for name in rows) and not find_spec(_BASELINES):
         missing.append(f"package {_BASELINES}: pip install 'pathsegdiff[baselines]'")
+    for encoder, file in (encoder_weights or {}).items():
+        if not file.is_file() and any(ROWS[name].encoder == encoder for name in rows):
+            missing.append(f"--encoder-weights {encoder}={file}: there is no such file")
     return missing
 
 
@@ -279,6 +284,30 @@ def _refuse_another(settings: TableSettings) -> None:
             )
     for job in settings.jobs():
         _refuse_another_model(settings, job)
+        _refuse_other_weights(settings, job)
+
+
+def _refuse_other_weights(settings: TableSettings, job: Job) -> None:
+    """A network that began with other weights is another row."""
+    if ROWS[job.row].encoder is None or not is_finished(settings, job):
+        return
+    file, wanted = settings.run(job) / CONFIG_FILE, settings.weights_of(job.row)
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))["settings"].get("encoder_weights")
+    except (OSError, AttributeError, *MALFORMED):
+        return  # the table will say that it is damaged
+    try:
+        ours = None if wanted is None else file_sha256(wanted)
+    except OSError as error:
+        raise RunError(
+            f"--encoder-weights {wanted} cannot be read: {error.strerror or error}"
+        ) from None
+    if theirs != ours:
+        began, asked = (f"sha256 {x:.12}" if x else "none" for x in (theirs, ours))
+        raise RunError(
+            f"{settings.run(job)} began with other encoder weights ({began}) than this asks for "
+            f"({asked}); choose another --out, or give the same --encoder-weights"
+        )
 
 
 def _refuse_another_model(settings: TableSettings, job: Job) -> None:

@@ -5,8 +5,8 @@ A row is trained and scored by the same commands that a user would type: ``psd e
 """
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ class Row:
             unconditional one), "random" (the model's shapes with random weights), or "timesteps"
             (of the ensemble); None for a network on images.
         arguments: Of ``train-head``, beside the budget's.
+        encoder: Of a network on images that begins from scratch: what ImageNet weights are of.
     """
 
     title: str
     store: str | None = None
     arguments: tuple[str, ...] = ()
+    encoder: str | None = None
 
 
 #: By name; that of a network on images is the one of ``psd baseline``.
@@ -40,14 +42,16 @@ ROWS = {
     "tokens": Row(title="encoder tokens alone", store="encoder", arguments=("--taps", "tokens")),
     "both": Row(title="taps and tokens", store="encoder", arguments=("--taps", "all,tokens")),
     "random": Row(title="same shapes, random weights", store="random"),
-    "res-unet": Row(title="U-Net with a ResNet-18 encoder, from scratch"),
-    "vgg16-fcn8": Row(title="FCN-8s on VGG16, from scratch"),
-    "dcan": Row(title="DCAN on VGG16, from scratch"),
+    "res-unet": Row(title="U-Net with a ResNet-18 encoder", encoder="resnet18"),
+    "vgg16-fcn8": Row(title="FCN-8s on VGG16", encoder="vgg16_bn"),
+    "dcan": Row(title="DCAN on VGG16", encoder="vgg16_bn"),
     "ddpm-seg": Row(
         title=f"pixel classifiers at t = {', '.join(map(str, TIMESTEPS))}", store="timesteps"
     ),
     "effnet-unet": Row(title="U-Net with an ImageNet EfficientNet-Lite0"),
 }
+#: That weights may be given to.
+ENCODERS = tuple(dict.fromkeys(row.encoder for row in ROWS.values() if row.encoder is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +146,7 @@ class TableSettings:
         unconditional: Name or folder of the bundle of the row null; None for the model itself with
             the null condition.
         unconditional_name: As its card says.
+        encoder_weights: Files of ``ENCODERS`` that networks on images begin with.
         model_sha256, unconditional_sha256: Of the bundles, None where one is not there.
         timestep: Of the features.
         rows: Names of ``ROWS``.
@@ -168,6 +173,7 @@ class TableSettings:
     random: Path
     unconditional: str | None = None
     unconditional_name: str | None = None
+    encoder_weights: Mapping[str, Path] = field(default_factory=dict)
     model_sha256: str | None = None
     unconditional_sha256: str | None = None
     timestep: int = 50
@@ -200,6 +206,17 @@ class TableSettings:
             "--precision": self.precision,
             **({"--unconditional": self.unconditional_name} if "none" in self.stores() else {}),
         }
+
+    def weights_of(self, row: str) -> Path | None:
+        """The file that a row's encoder begins with; None for a row that has none."""
+        return self.encoder_weights.get(ROWS[row].encoder or "")
+
+    def title_of(self, row: str) -> str:
+        """Title of a row, which says what its encoder begins with."""
+        title, file = ROWS[row].title, self.weights_of(row)
+        if ROWS[row].encoder is None:
+            return title
+        return f"{title}, " + ("from scratch" if file is None else f"encoder from {file.name}")
 
     def jobs(self) -> list[Job]:
         """Every run, one seed of all rows before the next."""
@@ -293,7 +310,9 @@ class TableSettings:
         eval_split = [] if job.fold is not None else ["--eval-split", self.eval_split]
         if row.store is None:
             network = ["baseline", job.row, *self._data(), *common, *precision, *eval_split]
-            return [[*network, *budget.baseline]]
+            file = self.weights_of(job.row)
+            weights = [] if file is None else ["--encoder-weights", str(file)]
+            return [[*network, *weights, *budget.baseline]]
         features = [part for store in self.stores_of(row) for part in ("--features", str(store))]
         if row.store == "timesteps":
             return [["baseline", job.row, *features, *common, *eval_split, *budget.ensemble]]

@@ -22,7 +22,7 @@ from pathsegdiff.pipeline.tables.columns import Columns, columns_of
 from pathsegdiff.pipeline.tables.make import is_finished
 from pathsegdiff.pipeline.tables.plots import TableRow, draw_few_labels, draw_rows
 from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES
-from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
+from pathsegdiff.pipeline.tables.rows import BUDGETS, Job, TableSettings
 from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE
 from pathsegdiff.segmentation.splits import source_of_window
 
@@ -70,7 +70,7 @@ def collect(settings: TableSettings) -> tuple[Columns, list[TableRow]]:
                 if job in finished
             )
             printed = known.get(name) if limit is None and beside else None
-            title = known[name].name if name in known else ROWS[name].title
+            title = known[name].name if name in known else settings.title_of(name)
             found.append(
                 TableRow(
                     name=name,
@@ -331,11 +331,11 @@ def _scored(row: TableRow) -> Scored:
 
 def _what(settings: TableSettings, row: TableRow) -> str:
     """Of a row with a published name."""
-    if not row.planned or row.title == ROWS[row.name].title:
+    if not row.planned or row.title == settings.title_of(row.name):
         return ""
     if row.name == "null" and settings.unconditional is not None:
         return f"the unconditional model {settings.unconditional_name}"
-    return ROWS[row.name].title
+    return settings.title_of(row.name)
 
 
 def _less_ours(row: TableRow, ours: TableRow | None, columns: Columns) -> str:
