@@ -9,7 +9,7 @@ import pytest
 
 from cli.main import run
 from pathsegdiff.errors import RunError
-from pathsegdiff.evaluation.compare import compare, join, read_scored
+from pathsegdiff.evaluation.compare import compare, join, read_scored, sum_runs
 from pathsegdiff.evaluation.confusion import confusion_matrix
 from pathsegdiff.evaluation.intervals import pixel_intervals
 from pathsegdiff.evaluation.report import image_row, metrics_json
@@ -73,6 +73,29 @@ def test_folds_are_joined_to_one_evaluation(better, worse, tmp_path):
     other = write_eval(tmp_path / "other", labels, names=("a", "b"))
     with pytest.raises(RunError, match="the classes of .* differ"):
         join([whole, read_scored(other)])
+
+
+def test_seeds_are_counted_together(better, worse, tmp_path):
+    order = RNG.permutation(12)
+    again = write_eval(
+        tmp_path / "again", predicted(0.3, 4)[order], ids=[f"s{k}" for k in order],
+        targets=TARGETS[order],
+    )  # fmt: skip
+    one, other, second = (read_scored(path) for path in (better, again, worse))
+    both = sum_runs([one, other])
+    assert both.sample_ids == one.sample_ids
+    assert np.array_equal(both.confusions[order], one.confusions[order] + other.confusions)
+    np.testing.assert_allclose(both.miou[order], (one.miou[order] + other.miou) / 2)
+    alone = [compare(run, second).differences["miou"].value for run in (one, other)]
+    together = compare(both, sum_runs([second, second])).differences["miou"]
+    assert min(alone) < together.value < max(alone)
+    # a row of itself twice says no more than once
+    twice = compare(sum_runs([one, one]), sum_runs([second, second])).differences["miou"]
+    once = compare(one, second).differences["miou"]
+    assert (twice.value, twice.low, twice.high) == pytest.approx((once.value, once.low, once.high))
+    fewer = write_eval(tmp_path / "fewer", predicted(0.2, 1)[:6], targets=TARGETS[:6])
+    with pytest.raises(RunError, match="not of the same images"):
+        sum_runs([one, read_scored(fewer)])
 
 
 def test_a_clear_difference_is_one_and_none_is_none(better, worse, tmp_path):

@@ -170,12 +170,12 @@ def test_folds_of_a_seed_are_one_sample_of_images(folder, tmp_path, quick):
     )
     make_runs(settings, jobs=1, threads=None, log=lambda line: None)
     found = {row.name: row for row in collect(settings)[1] if row.planned}
-    paths = [str(path) for path in found["tokens"].first_seed()]
+    paths = [str(path) for path in found["tokens"].files()[0]]
     assert [path.split("/")[-3:-1] for path in paths] == [
         ["tokens-fold0-seed0", "eval-fold0"],
         ["tokens-fold1-seed0", "eval-fold1"],
     ]
-    joined = [join([read_scored(path) for path in found[name].first_seed()])
+    joined = [join([read_scored(path) for path in found[name].files()[0]])
               for name in ("tokens", "conditioned")]  # fmt: skip
     difference = compare(*joined).differences["miou"]
     assert len(joined[0].sample_ids) == 4

@@ -6,7 +6,7 @@ what makes an image hard for both cancels out.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,27 @@ def join(scored: Sequence[Scored]) -> Scored:
     )
 
 
+def sum_runs(scored: Sequence[Scored]) -> Scored:
+    """Evaluations of the same images by several runs, such as those of several seeds, as one.
+
+    Counts of an image are summed and its mIoU averaged, so that figures and intervals are those of
+    the runs together; how far apart the runs are, they do not say.
+
+    Args:
+        scored: At least one; its path and the order of its images stand for all.
+
+    Raises:
+        RunError: If images, classes or labels differ.
+    """
+    first = scored[0]
+    confusions, miou = [first.confusions], [first.miou]
+    for other in scored[1:]:
+        order = _places(first, other)
+        confusions.append(other.confusions[order])
+        miou.append(other.miou[order])
+    return replace(first, confusions=np.sum(confusions, axis=0), miou=np.mean(miou, axis=0))
+
+
 def mean_over(names: Sequence[str], classes: Sequence[str]) -> Statistics:
     """``CLASSES``: the mean IoU of some classes, from (..., K, K) counts with these names."""
     places = [list(names).index(name) for name in classes]
@@ -153,22 +174,8 @@ def compare(
     Raises:
         RunError: If they are not of the same images and classes.
     """
-    if first.names != second.names:
-        raise RunError(
-            f"the classes differ: {', '.join(first.names)} in {first.path}, "
-            f"{', '.join(second.names)} in {second.path}"
-        )
-    places = {sample: place for place, sample in enumerate(second.sample_ids)}
-    odd = sorted(set(first.sample_ids) ^ set(second.sample_ids))
-    if odd:
-        raise RunError(
-            f"{first.path} and {second.path} are not of the same images: {odd[0]} is in one of "
-            f"them only ({len(odd)} are)"
-        )
-    order = [places[sample] for sample in first.sample_ids]
+    order = _places(first, second)
     theirs = second.confusions[order]
-    if not np.array_equal(first.confusions.sum(axis=2), theirs.sum(axis=2)):
-        raise RunError(f"{first.path} and {second.path} were scored against different labels")
 
     def class_iou(sums: np.ndarray) -> dict[str, np.ndarray]:
         iou = class_statistics(sums)["iou"]
@@ -197,6 +204,31 @@ def compare(
         class_values=both(class_iou),
         images=tuple(ranked),
     )
+
+
+def _places(first: Scored, second: Scored) -> list[int]:
+    """Where the second has the images of the first.
+
+    Raises:
+        RunError: If they are not of the same images, classes and labels.
+    """
+    if first.names != second.names:
+        raise RunError(
+            f"the classes differ: {', '.join(first.names)} in {first.path}, "
+            f"{', '.join(second.names)} in {second.path}"
+        )
+    places = {sample: place for place, sample in enumerate(second.sample_ids)}
+    odd = sorted(set(first.sample_ids) ^ set(second.sample_ids))
+    if odd:
+        raise RunError(
+            f"{first.path} and {second.path} are not of the same images: {odd[0]} is in one of "
+            f"them only ({len(odd)} are)"
+        )
+    order = [places[sample] for sample in first.sample_ids]
+    labels = second.confusions[order].sum(axis=2)
+    if not np.array_equal(first.confusions.sum(axis=2), labels):
+        raise RunError(f"{first.path} and {second.path} were scored against different labels")
+    return order
 
 
 def _file_of(path: Path, part: str | None) -> Path:

@@ -43,9 +43,13 @@ class TableRow:
         """That the first run was trained on."""
         return int(self.runs[0]["training_images"])
 
-    def first_seed(self) -> list[Path]:
-        """metrics.json of the first run, and of its seed's other folds."""
-        return [Path(run["path"]) for run in self.runs if run["seed"] == self.runs[0]["seed"]]
+    def files(self) -> dict[int, list[Path]]:
+        """Seed -> metrics.json of its runs, one for each fold; seeds with as many as the first."""
+        found: dict[int, list[Path]] = {}
+        for run in self.runs:
+            found.setdefault(run["seed"], []).append(Path(run["path"]))
+        most = len(next(iter(found.values()), []))
+        return {seed: files for seed, files in found.items() if len(files) == most}
 
     def difference(self, column: str) -> float | None:
         """Ours less the published one."""

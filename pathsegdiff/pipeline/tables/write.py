@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from pathsegdiff.evaluation.compare import (
     join,
     mean_over,
     read_scored,
+    sum_runs,
 )
 from pathsegdiff.evaluation.intervals import bootstrap, pixel_statistics
 from pathsegdiff.files import replace_file
@@ -126,7 +128,8 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
         *_origin(settings, rows),
         "Published figures: Danisetty et al. 2025, 'PathSegDiff', "
         f"{table.title.split(':', 1)[0]}; ours are pooled over the scored images, unweighted mean "
-        "over classes; the interval is a bootstrap over the images of the first seed's runs. Rows "
+        "over classes; intervals are a bootstrap over the images, whose pixels are counted over "
+        "all seeds: of the chance in the seeds, the lowest and the highest run say more. Rows "
         "without runs are as printed there.",
     ]
     if settings.model_name not in ("none", _PAPERS_MODEL):
@@ -324,9 +327,11 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
     return lines
 
 
-def _scored(row: TableRow) -> Scored:
-    """The images of the first seed's runs."""
-    return join([read_scored(path) for path in row.first_seed()])
+def _scored(row: TableRow, seeds: Collection[int] | None = None) -> Scored:
+    """The images of a row: its folds side by side, its seeds (or some of them) together."""
+    files = row.files()
+    chosen = [files[seed] for seed in files if seeds is None or seed in seeds]
+    return sum_runs([join([read_scored(path) for path in paths]) for paths in chosen])
 
 
 def _what(settings: TableSettings, row: TableRow) -> str:
@@ -339,14 +344,17 @@ def _what(settings: TableSettings, row: TableRow) -> str:
 
 
 def _less_ours(row: TableRow, ours: TableRow | None, columns: Columns) -> str:
-    """Of the first seed's runs, image by image."""
+    """Of the seeds that both have, image by image."""
     if ours is None or row is ours or row.limit is not None or not row.runs or not ours.runs:
         return ""
-    if row.runs[0]["seed"] != ours.runs[0]["seed"]:
+    common = row.files().keys() & ours.files().keys()
+    if not common:
         return "other seeds"
     try:
         classes = tuple(columns.classes.values())
-        differences = compare(_scored(row), _scored(ours), classes=classes).differences
+        differences = compare(
+            _scored(row, common), _scored(ours, common), classes=classes
+        ).differences
         found = differences[CLASSES if classes else columns.plotted]
     except RunError as error:
         return "scored by an older version" if "older version" in str(error) else "other images"
