@@ -275,6 +275,27 @@ def test_the_files_of_a_drive_folder_come_to_their_places(capsys, on_drive, serv
     ]
 
 
+def test_a_file_that_was_altered_since_it_came_is_named(capsys, on_drive, server):
+    assert psd(capsys, "data", "fetch", on_drive, "--accept-licence")[0] == 0
+    mask = Path("data/d/masks/2.bmp")
+    data = bytearray(mask.read_bytes())
+    data[-1] ^= 1  # another code, as good as any
+    mask.write_bytes(data)
+    code, out, _ = psd(capsys, "data", "check", on_drive)
+    assert code == 1
+    assert "train: 1 of 2 good, 1 altered" in out
+    assert "2.bmp is not the file that was fetched: SHA-256" in out
+    mask.unlink()
+    assert psd(capsys, "data", "fetch", on_drive)[0] == 0
+    record = Path("data/d/.fetch/hashes.json")
+    assert sorted(json.loads(record.read_text())) == [
+        "masks/1.bmp", "masks/2.bmp", "rgb/1.bmp", "rgb/2.bmp"
+    ]  # fmt: skip
+    record.write_text("[" * 100_000)
+    code, _, err = psd(capsys, "-q", "data", "check", on_drive)
+    assert code == 1 and err.count("\n") == 1 and "hashes.json is damaged" in err
+
+
 def test_where_drive_refuses_the_way_by_hand_and_the_layout_are_said(capsys, on_drive, server):
     server.put(
         f"/uc?id={FOLDER}-00-01-01",
@@ -286,7 +307,8 @@ def test_where_drive_refuses_the_way_by_hand_and_the_layout_are_said(capsys, on_
     assert err.count("\n") == 1
     assert "Too many users have viewed this file." in err
     assert "put the files there by hand: Folder X into data/d. Layout: data/d/rgb/N.bmp" in err
-    assert Path("data/d/rgb/1.bmp").exists()  # what came before is kept
+    assert Path("data/d/rgb/1.bmp").exists()  # what came before is kept, and known
+    assert "rgb/1.bmp" in json.loads(Path("data/d/.fetch/hashes.json").read_text())
 
 
 def test_files_that_drive_lacks_are_named_and_fail_the_check(capsys, on_drive, server):

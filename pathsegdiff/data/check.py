@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pathsegdiff.data.arrivals import read_arrivals, verify_arrival
 from pathsegdiff.data.image import pixel_sha256, read_image, read_label_image
 from pathsegdiff.data.manifest import (
     check_size,
     data_root_of,
     find_files,
+    root_folder,
     size_mismatch,
     verify_image,
     verify_mask,
@@ -60,7 +62,8 @@ class CheckReport:
     """What was found of a data set.
 
     Attributes:
-        hashed: Whether the manifest has hashes to hold pixels against.
+        hashed: Whether there are hashes to hold the files against: the manifest's of pixels, or
+            those of the files as they were fetched.
         splits: Those that were asked for, in order.
         needed: Names of the splits that must be there.
     """
@@ -107,6 +110,7 @@ def check_dataset(
             )
     root = data_root_of(manifest, data_root)
     files = find_files(manifest, root)
+    arrivals = read_arrivals(root_folder(manifest, data_root)[0])
     rows = [source for source in manifest.sources if not splits or source.split in splits]
     absent = {
         split
@@ -118,7 +122,9 @@ def check_dataset(
     def check(source: Source) -> list[Finding]:
         nonlocal done
         found = (
-            [] if source.split in absent else _check_row(manifest, source, *files[source.source_id])
+            []
+            if source.split in absent
+            else _check_row(manifest, source, *files[source.source_id], arrivals)
         )
         with lock:
             done += 1
@@ -132,7 +138,7 @@ def check_dataset(
     return CheckReport(
         manifest=manifest,
         root=root,
-        hashed=any(row.image_sha256 or row.mask_sha256 for row in rows),
+        hashed=bool(arrivals) or any(row.image_sha256 or row.mask_sha256 for row in rows),
         splits=tuple(
             SplitReport(
                 split=split,
@@ -153,7 +159,11 @@ def check_dataset(
 
 
 def _check_row(
-    manifest: Manifest, source: Source, image_path: Path | None, mask_path: Path | None
+    manifest: Manifest,
+    source: Source,
+    image_path: Path | None,
+    mask_path: Path | None,
+    arrivals: dict[str, str],
 ) -> list[Finding]:
     findings = []
 
@@ -178,6 +188,7 @@ def _check_row(
             note("unreadable", error)
         else:
             sha256, size = pixel_sha256(image), image.shape[:2]
+            attempt("altered", lambda: verify_arrival(arrivals, source.image, image_path))
             if attempt("altered", lambda: verify_image(source, image_path, sha256)):
                 attempt("altered", lambda: check_size(source, image_path, size))
     if mask_path is None:
@@ -189,6 +200,7 @@ def _check_row(
             note("unreadable", error)
         else:
             codes, codes_sha256 = mask, pixel_sha256(mask)
+            attempt("altered", lambda: verify_arrival(arrivals, source.mask, mask_path))
             if attempt("altered", lambda: verify_mask(source, mask_path, codes_sha256)):
                 attempt("contradicting", lambda: manifest.scheme.apply(codes, str(mask_path)))
     if image is not None and mask is not None and image.shape[:2] != mask.shape:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pathsegdiff.data.arrivals import note_arrivals
 from pathsegdiff.data.fetch_table import FetchTable
 from pathsegdiff.data.image import shown
 from pathsegdiff.data.manifest import data_root_of, find_files, root_folder
@@ -152,12 +153,18 @@ def _fetch_drive(plan: FetchPlan, report: Report) -> list[str]:
             f"{missing[0]}; it has been changed"
         )
     here = total - len(missing)
-    for count, (path, url) in enumerate(urls.items()):
+    arrived: dict[str, Path] = {}
+    try:
+        for count, (path, url) in enumerate(urls.items()):
 
-        def on_bytes(done: int, size: int | None, path: str = path, count: int = count) -> None:
-            report(_drive_state(plan, here + count, f"{path.rpartition('/')[2]}, {done:,} bytes"))
+            def on_bytes(done: int, size: int | None, path: str = path, count: int = count) -> None:
+                name = path.rpartition("/")[2]
+                report(_drive_state(plan, here + count, f"{name}, {done:,} bytes"))
 
-        download(Remote(url=url), root / path, on_bytes=on_bytes)
+            if download(Remote(url=url), root / path, on_bytes=on_bytes):
+                arrived[path] = root / path
+    finally:  # also of those that came before an error
+        note_arrivals(plan.root, arrived)
     report(_drive_state(plan, here + len(urls), ""))
     lines = [f"{len(urls)} files from Google Drive, {here} were there already"]
     if absent:
