@@ -324,6 +324,14 @@ def test_the_qualitative_figure_shows_every_row_from_the_worst_to_the_best(
     metrics = json.loads((out / "runs/conditioned-seed0/eval-test/metrics.json").read_text())
     ordered = sorted(metrics["images"], key=lambda image: image["dice"])
     assert said.startswith(", ".join(image["sample_id"] for image in ordered))
+    with (tmp_path / "q" / "table.csv").open(newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["image", "Dice, PathSegDiff", "Dice, tokens"]
+    assert [line[:2] for line in lines] == [
+        [image["sample_id"], f"{image['dice']:.3f}"] for image in ordered
+    ]
+    page = (tmp_path / "q" / "report.html").read_text()
+    assert "data:image/png;base64," in page and "tokens-seed0/eval-test/report.html" in page
     assert run([*command, "--rows", "tokens", "--images", "test_1", "--count", "1"]) == 0
     with Image.open(tmp_path / "q" / "qualitative.png") as picture:
         assert picture.size[0] < wide and picture.size[1] < high

@@ -23,8 +23,9 @@ def write_table(
     *,
     reports: Sequence[Path] = (),
     rows: Sequence[Sequence[object]] | None = None,
+    picture: str = "plot.png",
 ) -> str:
-    """Write table.md, table.csv, plot.png and report.html into ``out``.
+    """Write table.md, table.csv, a picture and report.html into ``out``.
 
     Args:
         title: Of the table; none in the Markdown where it is "".
@@ -34,17 +35,17 @@ def write_table(
         caption: What it shows, for those who cannot see it.
         reports: report.html of single runs, RUN/eval-PART/report.html, to be linked.
         rows: Of the CSV file, where they are others than ``lines``.
+        picture: Name of its file.
 
     Returns:
         The Markdown.
     """
-    picture = out / "plot.png"
-    replace_file(picture, draw)
+    replace_file(out / picture, draw)
     table = _markdown(lines, notes, title)
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(lines if rows is None else rows)
     page = _page(
-        title or "Heads compared", lines, notes, picture.read_bytes(), caption, reports, out
+        title or "Heads compared", lines, notes, (out / picture).read_bytes(), caption, reports, out
     )
     for name, content in (
         ("table.md", table),

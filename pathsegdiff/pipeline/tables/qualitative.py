@@ -12,6 +12,7 @@ from pathsegdiff.data.manifest import Dataset
 from pathsegdiff.errors import RunError
 from pathsegdiff.evaluation.overlays import background_class, comparison
 from pathsegdiff.evaluation.pictures import save_picture
+from pathsegdiff.pipeline.page import number, write_table
 from pathsegdiff.pipeline.tables.rows import ROWS, Job
 from pathsegdiff.segmentation.scoring import METRICS_FILE, PREDICTIONS_FOLDER
 
@@ -30,6 +31,8 @@ def draw_qualitative(
     count: int = 4,
 ) -> tuple[Path, list[str]]:
     """Draw a line of tiles for each image: image, truth, and the prediction of every row.
+
+    Beside qualitative.png: table.md and table.csv with each image's Dice, and report.html.
 
     Args:
         dataset: Open; the images and their truth are read from it.
@@ -91,10 +94,28 @@ def draw_qualitative(
         np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255)
         for line in lines
     ]
-    picture = out / PICTURE_FILE
     out.mkdir(parents=True, exist_ok=True)
-    save_picture(picture, np.concatenate(padded))
-    return picture, chosen
+    table = [
+        ["image", *(f"Dice, {_title(name)}" for name in rows)],
+        *([sample_id, *(number(dice[name][sample_id]) for name in rows)] for sample_id in chosen),
+    ]
+    chosen_how = "as asked for" if images else f"from the worst to the best of {_title(rows[0])}"
+    notes = [
+        f"Images of {split} of {dataset.name}, {chosen_how}; runs with seed {seed}, of {runs}.",
+        f"The picture holds pixels of {dataset.name}: its licence is theirs "
+        f"({dataset.manifest.licence}).",
+    ]
+    write_table(
+        out,
+        f"What the rows predict on {dataset.name}",
+        table,
+        notes,
+        lambda file: save_picture(file, np.concatenate(padded)),
+        "Each line an image: image, truth, and the prediction of every row",
+        reports=[scored[name] / "report.html" for name in rows],
+        picture=PICTURE_FILE,
+    )
+    return out / PICTURE_FILE, chosen
 
 
 def _title(name: str) -> str:
