@@ -22,8 +22,14 @@ if TYPE_CHECKING:
     from pathsegdiff.pipeline.baselines.baseline import Baseline
     from pathsegdiff.pipeline.baselines.ddpmseg import DDPMSeg
 
-#: Of a network on images, and of the ensemble that reads stores.
-NAMES = ("res-unet", "vgg16-fcn8", "dcan", "effnet-unet", "ddpm-seg")
+#: Rows that are heads on a store: its condition (None for any), and ``--taps`` of train-head.
+HEADS = {
+    "pathsegdiff": ("encoder", "all"),
+    "pathsegdiff-uncond": ("none", "all"),
+    "hipt": (None, "tokens"),
+}
+#: Of heads, of networks on images, and of the ensemble that reads stores.
+NAMES = (*HEADS, "res-unet", "vgg16-fcn8", "dcan", "effnet-unet", "ddpm-seg")
 
 
 def _rates(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
@@ -41,7 +47,7 @@ def _rates(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     "--features",
     multiple=True,
     metavar="STORE",
-    help="For ddpm-seg, instead of --dataset: a store for each timestep.",
+    help="Instead of --dataset, of a head: its store; of ddpm-seg: one for each timestep.",
 )
 @parts_options
 @click.option(
@@ -129,6 +135,7 @@ def baseline(
       psd baseline vgg16-fcn8 --dataset bcss --encoder-weights vgg16_bn-6c64b313.pth
       psd baseline res-unet --dataset glas --lr 1e-3,3e-4,1e-4 --out runs/res-unet
       psd baseline ddpm-seg --features t50.zarr --features t150.zarr --features t250.zarr
+      psd baseline hipt --features features/glas-tiny-t50.zarr --fold 0
     """
     if steps is not None and minutes is not None:
         raise click.UsageError("give --steps or --minutes, not both")
@@ -136,6 +143,35 @@ def baseline(
     others: dict[str, Any] = {"steps": steps, "keep": keep, "seed": seed, **parts}
     if batch_size is not None:
         others["batch_size"] = batch_size
+    if name in HEADS:
+        _refuse_given(
+            name,
+            "it reads --features",
+            {
+                "--dataset": dataset,
+                "--data-root": data_root,
+                "--size": size_px,
+                "--minutes": minutes,
+                "--encoder-weights": encoder_weights,
+            },
+        )
+        if len(features) != 1 or len(rates) > 1:
+            raise click.UsageError(f"{name} takes one --features, and one --lr at most")
+        asked = {
+            "--split": split,
+            "--val": val,
+            "--fold": fold,
+            "--limit-images": limit,
+            "--steps": steps,
+            "--batch-size": batch_size,
+            "--lr": rates[0] if rates else None,
+            "--keep": keep if _is_given(ctx, "keep") else None,
+            "--device": device,
+            "--precision": precision,
+            "--seed": seed,
+        }
+        _train_head(ctx, name, Path(features[0]), eval_split, out, asked)
+        return
     if name == "ddpm-seg":
         _refuse_given(
             name,
@@ -214,6 +250,44 @@ def baseline(
     _train_and_score(made, out, place, quiet=quiet)
     if pilots:
         write_pilots(out, pilots)
+
+
+def _is_given(ctx: click.Context, option: str) -> bool:
+    return ctx.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
+
+
+def _train_head(
+    ctx: click.Context,
+    name: str,
+    features: Path,
+    eval_split: str | None,
+    out: Path | None,
+    asked: dict[str, Any],
+) -> None:
+    """Train and score a head by a user's own commands."""
+    from cli.main import run_within
+    from pathsegdiff.errors import StoreError
+    from pathsegdiff.features.store import FeatureStore
+
+    condition, taps = HEADS[name]
+    found = FeatureStore.open(features).recipe.conditioning
+    if condition not in (None, found):
+        raise StoreError(
+            f"{features} was extracted with --cond {found}, {name} reads one of --cond {condition}"
+        )
+    if out is None:
+        parts = {
+            "fold": asked["--fold"],
+            "images": asked["--limit-images"],
+            "seed": asked["--seed"],
+        }
+        more = "".join(f"-{part}-{value}" for part, value in parts.items() if value is not None)
+        out = Path("runs") / f"{features.stem}-{name}{more}"
+    given = [part for k, v in asked.items() if v is not None for part in (k, str(v))]
+    store = ["--features", str(features)]
+    run_within(ctx, ["train-head", *store, "--taps", taps, "--out", str(out), *given])
+    scored = [] if eval_split is None else ["--split", eval_split]
+    run_within(ctx, ["eval", "--run", str(out), *store, "--device", asked["--device"], *scored])
 
 
 def _train_ensemble(

@@ -1,9 +1,10 @@
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-from cli.baseline import NAMES
+from cli.baseline import HEADS, NAMES
 from cli.main import run
 from tests.helpers_data import make_glas
 
@@ -131,7 +132,31 @@ def test_the_names_are_those_of_the_networks():
     from pathsegdiff.pipeline.baselines import ddpmseg
     from pathsegdiff.pipeline.baselines.networks import ARCHITECTURES
 
-    assert (*ARCHITECTURES, ddpmseg.NAME) == NAMES
+    assert (*HEADS, *ARCHITECTURES, ddpmseg.NAME) == NAMES
+
+
+def test_heads_are_rows_by_their_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_glas(tmp_path, counts={"train": 3, "testB": 2}, region_px=256, patch_px=256)
+    assert run(["models", "init", "--preset", "micro", "--out", "micro"]) == 0
+    extract = ["extract", "--dataset", "glaslike.toml", "--model", "micro", "--cond", "both"]
+    assert run([*extract, "--tokens", "--out", "features"]) == 0
+    capsys.readouterr()
+    store = "features/glaslike-micro-t50.zarr"
+    null = "features/glaslike-micro-t50-null.zarr"
+    short = ["--steps", "2", "--batch-size", "1", "--keep", "last"]
+    for name, path in (("pathsegdiff", store), ("pathsegdiff-uncond", null), ("hipt", store)):
+        assert run(["baseline", name, "--features", path, *short]) == 0
+        made = tmp_path / "runs" / f"{Path(path).stem}-{name}-seed-0"
+        settings = json.loads((made / "config.json").read_text())["settings"]
+        assert ("tokens" in settings["taps"]) == (name == "hipt")
+        assert settings["keep"] == "last"
+        metrics = json.loads((made / "eval-testB" / "metrics.json").read_text())
+        assert f"{'mIoU':18} {metrics['miou']:.4f}" in capsys.readouterr().out
+    assert run(["baseline", "pathsegdiff-uncond", "--features", store]) == 1
+    assert "extracted with --cond encoder, pathsegdiff-uncond reads" in capsys.readouterr().err
+    for wrong in (["--dataset", "glaslike.toml"], ["--features", store, "--features", null]):
+        assert run(["baseline", "hipt", *wrong]) == 2
 
 
 def test_the_best_of_several_rates_on_validation_is_taken(folder, capsys):

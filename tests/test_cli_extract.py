@@ -12,6 +12,7 @@ from cli.main import run
 from pathsegdiff.features.seal import sealed, unsealed
 from pathsegdiff.features.stage_one import StageOne
 from pathsegdiff.features.store import FeatureStore, checksum
+from tests.helpers_data import make_glas
 from tests.helpers_stage_one import TOLERANCE, make_bundle, write_dataset
 
 
@@ -452,3 +453,16 @@ def test_rounded_features_resume_verify_export_and_take_fewer_bytes(place, capsy
     code, _, err = psd(capsys, *EXTRACT, "--out", "small.zarr")
     assert code == 1
     assert f"was made with dtype {dtype}, this run asks for float16" in err
+
+
+def test_patches_of_another_size_than_the_models_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_glas(tmp_path)
+    assert run(["models", "init", "--preset", "micro", "--out", "micro"]) == 0
+    command = ["-q", "extract", "--dataset", "glaslike.toml", "--model", "micro"]
+    for more in ([], ["--dry-run"]):
+        capsys.readouterr()
+        assert run([*command, *more]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "patches of 32 px, the model sees 256; set patch_px = 256" in said
+    assert not list(tmp_path.glob("features/*"))

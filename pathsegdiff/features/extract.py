@@ -123,10 +123,12 @@ def extract_dataset(
         StoreError: If a store was made with other settings, holds a sample whose image or mask has
             changed since or that was removed meanwhile, or the disk is full (saying how much room
             is missing).
-        DataError: If an image or mask cannot be read. All finished samples are kept.
+        DataError: If the patches of the data set are not of the model's size, or an image or mask
+            cannot be read. All finished samples are kept.
     """
     if not dataset.samples:
         raise DataError(f"data set {dataset.name} has no samples to extract")
+    _check_patches(dataset, stage_one)
     card = dataset_card(dataset)
     writers: dict[View, StoreWriter] = {}
     todo: dict[View, dict[str, StoredSample]] = {}
@@ -174,6 +176,15 @@ def extract_dataset(
     ]
 
 
+def _check_patches(dataset: Dataset, stage_one: StageOne) -> None:
+    ours, theirs = stage_one.model.patch_px, dataset.rule.patch_px
+    if ours != theirs:
+        raise DataError(
+            f"data set {dataset.name} is cut into patches of {theirs} px, the model sees {ours}; "
+            f"set patch_px = {ours} in the [region] of its manifest"
+        )
+
+
 def _sources(dataset: Dataset, bundle: Bundle, stage_one: StageOne) -> dict[str, Any]:
     """What an extraction reads, for ``psd cache repair``: options of ``psd extract``."""
     embedded = dataset.manifest.root is not None
@@ -191,6 +202,7 @@ def plan_extraction(dataset: Dataset, bundle: Bundle, stage_one: StageOne) -> Ex
     """Count patches and bytes, and time one batch of the first region."""
     if not dataset.samples:
         raise DataError(f"data set {dataset.name} has no samples to extract")
+    _check_patches(dataset, stage_one)
     side = dataset.rule.region_px // dataset.rule.patch_px
     sample = dataset.samples[0]
     prepared = stage_one.prepare(dataset.read(sample, seed=stage_one.seed).image, sample.sample_id)
