@@ -183,3 +183,16 @@ def test_the_gpu_script_ends_with_every_part_and_stops_when_its_time_is_up(tmp_p
     assert found["parts"]["extraction, batch 2"]["of_bare"]["median"] > 0
     subprocess.run([*script, *small, "--minutes", "0", "--json", str(file)], check=True)
     assert json.loads(file.read_text())["parts"] == {}
+
+
+def test_the_rates_of_pretraining_are_measured(tmp_path):
+    file = tmp_path / "rate.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "pretrain_rate.py"), "--device", "cpu"]
+    small = ["--preset", "micro", "--crops", "1", "--steps", "1", "--processes", "0"]
+    subprocess.run([*script, *small, "--json", str(file)], check=True, cwd=tmp_path)
+    found = json.loads(file.read_text())
+    assert list(found["milliseconds"]) == [
+        "diffusion model, 1 crops, eager", "autoencoder, 1 crops of 128 px"
+    ]  # fmt: skip
+    assert all(value > 0 for value in found["milliseconds"].values())
+    assert found["crops_per_second"]["threads"] > 0

@@ -131,7 +131,8 @@ class LdmPart(Part):
             nn.ModuleDict(projections),
             {pair.tap.name: pair.tap.module_path for pair in self.pairs},
         ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._is_captured = False
+        #: Whether the next step records the kernels, see ``_capture``.
+        self.record = device.type == "cuda"
 
     @property
     def trained(self) -> nn.Module:
@@ -159,7 +160,7 @@ class LdmPart(Part):
         timesteps = timesteps.to(self.device)
         noised = self.scheduler.add_noise(latent, noise, timesteps)
         tensors = (noised, noise, timesteps, embedding, kept.to(self.device), *self._targets(maps))
-        if self.device.type == "cuda" and not self._is_captured:
+        if self.record:
             self._capture(tensors)
         noise_loss, *errors = self.networks(*tensors)
         figures = {"noise_loss": noise_loss.detach()}
@@ -235,7 +236,7 @@ class LdmPart(Part):
         enabled = torch.is_autocast_enabled("cuda")
         with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
             torch.cuda.make_graphed_callables(self.networks, tensors, allow_unused_input=True)
-        self._is_captured = True
+        self.record = False
 
     def _decode(self, latent: Tensor) -> Tensor:
         decoded = self.autoencoder.decode(latent / self.latent_scale, return_dict=False)[0]  # type: ignore[operator]
