@@ -145,10 +145,7 @@ def measure_forwards(
 ) -> dict[str, Any]:
     """The networks alone, on patches in memory."""
     stage_one = make()
-    regions = [
-        stage_one.prepare(dataset.read(sample).image, sample.sample_id)
-        for sample in dataset.samples
-    ]
+    regions = extraction.prepare_regions(dataset, stage_one)
     patches = sum(len(region.patches) for region in regions)
     bare = partial(extraction.bare_forwards, stage_one, regions)
     seconds = in_turns({"bare": bare}, options.runs, stage_one.device)["bare"]

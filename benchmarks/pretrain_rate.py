@@ -6,7 +6,7 @@
 On the embedded demo's images, with random weights, which are as fast as trained ones. On a GPU the
 kernels of a step are launched one by one (eager) and replayed as recorded (what ``psd pretrain``
 does); on a CPU there is nothing to record. Crops of 256 px are read by threads (0) and processes.
-Medians over steps, after three that do not count.
+Medians over steps, after one that does not count.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,10 @@ from pathsegdiff.diffusion.pretrain.images import ImagePool, open_pool
 from pathsegdiff.diffusion.pretrain.loop import LoopSettings, Part, TrainingLoop, read_ahead
 from pathsegdiff.diffusion.pretrain.plans import Plan, plan_of
 from pathsegdiff.diffusion.pretrain.run import FACTS_FILE, WEIGHTS_FILE, Pretraining
-from pathsegdiff.pipeline.bench.measure import synchronize
+from pathsegdiff.pipeline.bench.measure import in_turns
 from pathsegdiff.provenance import versions
 
 IMAGES = Path(__file__).parents[1] / "pathsegdiff" / "data" / "demo" / "images"
-WARM_UP = 3
 
 
 def main() -> None:
@@ -109,20 +107,8 @@ def step_seconds(
     with tempfile.TemporaryDirectory() as folder:
         loop = TrainingLoop(part, replace(settings, steps=10**6), Path(folder), {}, device)
         batch = part.read(0, count, crop_px)
-        return median_seconds(lambda: loop._train_step(batch), device, steps)
-
-
-def median_seconds(call: Callable[[], object], device: torch.device, count: int) -> float:
-    """Of calls, after some that do not count."""
-    seconds = []
-    for number in range(WARM_UP + count):
-        synchronize(device)
-        begin = time.perf_counter()
-        call()
-        synchronize(device)
-        if number >= WARM_UP:
-            seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+        turns = in_turns({"step": lambda: loop._train_step(batch)}, steps, device)
+        return statistics.median(turns["step"])
 
 
 class Crops:
@@ -141,8 +127,7 @@ def read_rate(pool: ImagePool, settings: LoopSettings, processes: int) -> float:
     endless = replace(settings, batch_size=128, steps=10**6, crops=((1.0, 256),))
     reader: Any = Crops(pool)
     with read_ahead(reader, endless, 0, processes) as batches:
-        for _ in range(WARM_UP):
-            next(batches)
+        next(batches)
         begin, count = time.perf_counter(), 0
         while time.perf_counter() - begin < 3:
             count += len(next(batches))

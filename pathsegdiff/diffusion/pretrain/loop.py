@@ -145,7 +145,7 @@ class Part(ABC):
 
     @abstractmethod
     def read(self, step: int, count: int, crop_px: int) -> Any:
-        """What the step needs from the disk; called ahead, on another thread."""
+        """What the step needs from the disk; called ahead, on another thread or process."""
 
     @abstractmethod
     def loss(self, batch: Any, step: int) -> tuple[Tensor, StepFigures]:

@@ -103,12 +103,10 @@ def pack_images(
     along: dict[str, Path | bytes] = {}
     if encoder is not None:
         along = {f"{ENCODER_FOLDER}/{k}": v for k, v in _finished(encoder).items()}
-    fixed = sum(len(v) if isinstance(v, bytes) else v.stat().st_size for v in along.values())
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "images.tar"
-        found = _as_they_are(images, along, trial, max_bytes) or _encoded(
-            images, along, trial, max_bytes, fixed
-        )
+        given = images, along, trial, max_bytes
+        found = _as_they_are(*given) or _encoded(*given)
         replace_file(archive, lambda file: shutil.copyfile(trial, file))
     return found
 
@@ -130,7 +128,6 @@ def _encoded(
     along: Mapping[str, Path | bytes],
     archive: Path,
     max_bytes: int,
-    fixed: int,
 ) -> PackedImages:
     """Write the archive of WebP files of the highest quality at which they fit."""
     wide = [image for image in images if max(image.size) > _WEBP_MOST_PX]
@@ -139,6 +136,7 @@ def _encoded(
             f"{wide[0].path} has a side of more than {_WEBP_MOST_PX} px, which WebP cannot hold; "
             "cut it first"
         )
+    fixed = sum(len(v) if isinstance(v, bytes) else v.stat().st_size for v in along.values())
     names = _names(images, ".webp")
     once = [{image.path: image for image in images}[file] for file in names]
     quality = _likely_quality(once, max_bytes - fixed)

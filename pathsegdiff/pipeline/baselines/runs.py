@@ -189,6 +189,20 @@ class BaselineConfig:
         return [pair for pair in pairs if pair[1] != pair[2]]
 
 
+def weights_sha256(file: Path) -> str:
+    """Of the weights that an encoder begins with.
+
+    Raises:
+        RunError: If they cannot be read.
+    """
+    try:
+        return file_sha256(file)
+    except OSError as error:
+        raise RunError(
+            f"--encoder-weights {file} cannot be read: {error.strerror or error}"
+        ) from None
+
+
 def plan_baseline(
     dataset: Dataset,
     name: str,
@@ -215,14 +229,7 @@ def plan_baseline(
         split = dataset.manifest.default_train
     if learning_rate is None:
         learning_rate = architecture_of(name).learning_rate
-    digest = None
-    if encoder_weights is not None:
-        try:
-            digest = file_sha256(encoder_weights)
-        except OSError as error:
-            raise RunError(
-                f"--encoder-weights {encoder_weights} cannot be read: {error.strerror or error}"
-            ) from None
+    digest = None if encoder_weights is None else weights_sha256(encoder_weights)
     return BaselineSettings(
         name=name,
         split=split,

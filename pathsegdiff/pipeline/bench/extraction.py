@@ -94,10 +94,7 @@ def measure_extraction(
         folder: Leaves ``store.zarr`` and ``plain/`` of the last run.
         plain: Whether the plain way takes its turns.
     """
-    regions = [
-        stage_one.prepare(dataset.read(sample).image, sample.sample_id)
-        for sample in dataset.samples
-    ]
+    regions = prepare_regions(dataset, stage_one)
     patches = sum(len(region.patches) for region in regions)
     sides: dict[str, Callable[[], None]] = {
         "bare": lambda: bare_forwards(stage_one, regions),
@@ -178,6 +175,14 @@ def extract_plain(dataset: Dataset, stage_one: StageOne, folder: Path) -> None:
 def plain_file(folder: Path, sample_id: str) -> Path:
     """Where the plain way keeps a sample."""
     return folder / f"{sample_id.replace('/', '_')}.npy"
+
+
+def prepare_regions(dataset: Dataset, stage_one: StageOne) -> list[PreparedRegion]:
+    """All regions of a data set with their noise, in memory."""
+    return [
+        stage_one.prepare(dataset.read(sample).image, sample.sample_id)
+        for sample in dataset.samples
+    ]
 
 
 @torch.inference_mode()

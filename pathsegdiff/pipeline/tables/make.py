@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from pathsegdiff.diffusion.bundle import (
     resolve_bundle,
 )
 from pathsegdiff.errors import MALFORMED, BundleError, DataError, RunError
-from pathsegdiff.files import file_sha256
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
+from pathsegdiff.pipeline.baselines.runs import weights_sha256
 from pathsegdiff.pipeline.tables.rows import ROWS, Job, TableSettings, check_rows
 from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE, write_json
 
@@ -282,26 +282,35 @@ def _refuse_another(settings: TableSettings) -> None:
                 f"{settings.folder} was made with {option} {theirs}, this asks for {ours}; choose "
                 "another --out" + ("" if settings.work is None else ", and --runs")
             )
+    digest = cache(weights_sha256)  # a file of half a gigabyte is read once
     for job in settings.jobs():
-        _refuse_another_model(settings, job)
-        _refuse_other_weights(settings, job)
+        config = _config_of(settings, job)
+        if config is None:
+            continue
+        _refuse_another_model(settings, job, config)
+        file = settings.weights_of(job.row)
+        _refuse_other_weights(settings, job, config, None if file is None else digest(file))
 
 
-def _refuse_other_weights(settings: TableSettings, job: Job) -> None:
+def _config_of(settings: TableSettings, job: Job) -> dict[str, Any] | None:
+    """Of a finished run; None where it cannot be read: the table will say that it is damaged."""
+    if not is_finished(settings, job):
+        return None
+    try:
+        found = json.loads((settings.run(job) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, *MALFORMED):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _refuse_other_weights(
+    settings: TableSettings, job: Job, config: dict[str, Any], ours: str | None
+) -> None:
     """A network that began with other weights is another row."""
-    if ROWS[job.row].encoder is None or not is_finished(settings, job):
+    chosen = config.get("settings")
+    if ROWS[job.row].encoder is None or not isinstance(chosen, dict):
         return
-    file, wanted = settings.run(job) / CONFIG_FILE, settings.weights_of(job.row)
-    try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))["settings"].get("encoder_weights")
-    except (OSError, AttributeError, *MALFORMED):
-        return  # the table will say that it is damaged
-    try:
-        ours = None if wanted is None else file_sha256(wanted)
-    except OSError as error:
-        raise RunError(
-            f"--encoder-weights {wanted} cannot be read: {error.strerror or error}"
-        ) from None
+    theirs = chosen.get("encoder_weights")
     if theirs != ours:
         began, asked = (f"sha256 {x:.12}" if x else "none" for x in (theirs, ours))
         raise RunError(
@@ -310,18 +319,17 @@ def _refuse_other_weights(settings: TableSettings, job: Job) -> None:
         )
 
 
-def _refuse_another_model(settings: TableSettings, job: Job) -> None:
+def _refuse_another_model(settings: TableSettings, job: Job, config: dict[str, Any]) -> None:
     """A name is not enough: another model may bear it."""
     kind = ROWS[job.row].store
     ours = settings.model_sha256
     if kind == "none" and settings.unconditional is not None:
         ours = settings.unconditional_sha256
-    if kind not in ("encoder", "none") or ours is None or not is_finished(settings, job):
+    if kind not in ("encoder", "none") or ours is None:
         return
-    file = settings.run(job) / CONFIG_FILE
     try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))["model"]["sha256"]
-    except (OSError, *MALFORMED):
+        theirs = config["model"]["sha256"]
+    except MALFORMED:
         return  # the table will say that it is damaged
     if theirs != ours:
         raise RunError(
