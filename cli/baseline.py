@@ -78,9 +78,9 @@ def _rates(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 )
 @click.option(
     "--encoder-weights",
-    type=PATH,
-    metavar="FILE",
-    help="State dict that the encoder begins with, such as torchvision's for ImageNet.",
+    metavar="FILE|imagenet",
+    help="State dict that the encoder begins with; imagenet: torchvision's, fetched where it is "
+    "not there.",
 )
 @click.option(
     "--keep",
@@ -111,7 +111,7 @@ def baseline(
     minutes: float | None,
     batch_size: int | None,
     rates: tuple[float, ...],
-    encoder_weights: Path | None,
+    encoder_weights: str | None,
     keep: str,
     device: str,
     precision: str,
@@ -132,7 +132,7 @@ def baseline(
     Example:
       psd baseline effnet-unet --dataset glas --data-root ~/GlaS --minutes 60
       psd baseline res-unet --dataset demo --size 256 --steps 100
-      psd baseline vgg16-fcn8 --dataset bcss --encoder-weights vgg16_bn-6c64b313.pth
+      psd baseline vgg16-fcn8 --dataset bcss --encoder-weights imagenet
       psd baseline res-unet --dataset glas --lr 1e-3,3e-4,1e-4 --out runs/res-unet
       psd baseline ddpm-seg --features t50.zarr --features t150.zarr --features t250.zarr
       psd baseline hipt --features features/glas-tiny-t50.zarr --fold 0
@@ -199,10 +199,12 @@ def baseline(
     if dataset is None:
         raise click.UsageError("Missing option '--dataset'.")
 
+    from cli.fetch import encoder_file
     from cli.progress import TrainingProgress
     from pathsegdiff.data.manifest import open_dataset
     from pathsegdiff.device import resolve_device, resolve_precision
     from pathsegdiff.pipeline.baselines.baseline import Baseline
+    from pathsegdiff.pipeline.baselines.networks import architecture_of
     from pathsegdiff.pipeline.baselines.pilots import choose_rate, write_pilots
     from pathsegdiff.pipeline.baselines.runs import (
         PATIENCE,
@@ -212,6 +214,9 @@ def baseline(
 
     opened = open_dataset(dataset, data_root=data_root)
     place = resolve_device(device)
+    file = None
+    if encoder_weights is not None:
+        file = encoder_file(encoder_weights, architecture_of(name).encoder, is_quiet(ctx))
     if size_px is not None:
         others["size_px"] = size_px
     settings = plan_baseline(
@@ -219,7 +224,7 @@ def baseline(
         name,
         minutes=minutes,
         learning_rate=rates[0] if len(rates) == 1 else None,
-        encoder_weights=encoder_weights,
+        encoder_weights=file,
         precision=resolve_precision(precision, place),
         **others,
     )
@@ -230,12 +235,12 @@ def baseline(
         name_of_all = out or Path("runs") / f"{usual}-lr-chosen"
         with TrainingProgress("pilot", quiet=quiet) as bar:
             best, pilots = choose_rate(
-                opened, settings, rates, name_of_all, encoder_weights=encoder_weights,
+                opened, settings, rates, name_of_all, encoder_weights=file,
                 device=place, progress=bar.show, log=click.echo,
             )  # fmt: skip
         settings = replace(settings, learning_rate=best)
     out = Path("runs") / default_baseline_name(opened, settings) if out is None else out
-    made = Baseline(opened, settings, eval_split=eval_split, encoder_weights=encoder_weights)
+    made = Baseline(opened, settings, eval_split=eval_split, encoder_weights=file)
     patience = (
         f", at most {PATIENCE} validations without improvement"
         if made.parts.val and keep == "best"

@@ -1,4 +1,4 @@
-"""What ``psd data fetch`` and ``psd models pull`` do: terms, transfer, what came of it."""
+"""What is fetched: data sets, models, an encoder's weights; terms, transfer, what came of it."""
 
 import shlex
 import sys
@@ -62,6 +62,26 @@ def pull(name: str, out: Path | None, encoder: Path | None, accept: bool, quiet:
     if plan.source.bundle:
         model = plan.source.name if out is None else shlex.quote(str(out))
         click.echo(f"Next: psd models show {model}")
+
+
+def encoder_file(given: str, encoder: str, quiet: bool) -> Path:
+    """The file that ``--encoder-weights`` names, fetched where it is torchvision's."""
+    from cli.progress import TransferProgress
+    from pathsegdiff.fetch.download import State
+    from pathsegdiff.pipeline.baselines.imagenet_files import IMAGENET, LICENCE, fetch_imagenet
+
+    if given != IMAGENET:
+        return Path(given)
+
+    with TransferProgress(quiet=quiet) as transfer:
+        file = fetch_imagenet(
+            encoder,
+            on_bytes=lambda done, total: transfer.show(
+                State(label=encoder, unit="bytes", done=done, total=total)
+            ),
+        )
+    click.echo(f"encoder weights: {file}, {LICENCE}")
+    return file
 
 
 def ask_for(terms: Terms, folder: Path, accept: bool) -> None:

@@ -54,19 +54,22 @@ def _limits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
     return tuple(None if part == "all" else int(part) for part in parts)
 
 
-def _weights(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, Path]:
+def _weights(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    from pathsegdiff.pipeline.baselines.imagenet_files import IMAGENET
     from pathsegdiff.pipeline.tables.rows import ENCODERS
 
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     for text in value:
         encoder, _, file = text.partition("=")
-        if encoder not in ENCODERS or not file:
+        if text != IMAGENET and (encoder not in ENCODERS or not file):
             raise click.BadParameter(
-                f"must be ENCODER=FILE, ENCODER one of {', '.join(ENCODERS)}, got {text!r}"
+                f"must be {IMAGENET} or ENCODER=FILE, ENCODER one of {', '.join(ENCODERS)}, got "
+                f"{text!r}"
             )
-        if encoder in found:
-            raise click.BadParameter(f"gives {encoder} two files: {found[encoder]} and {file}")
-        found[encoder] = Path(file)
+        for name in ENCODERS if text == IMAGENET else (encoder,):
+            if name in found:
+                raise click.BadParameter(f"is given twice for {name}: {found[name]} and {text}")
+            found[name] = file or IMAGENET
     return found
 
 
@@ -135,10 +138,11 @@ def _table_options(name: str, dataset: str, model: str, rows: str) -> Decorator:
                 "--encoder-weights",
                 multiple=True,
                 callback=_weights,
-                metavar="ENCODER=FILE",
-                help="ImageNet weights at hand (.pth or .safetensors, as torchvision and timm have "
-                "them) of resnet18 (row res-unet) or vgg16_bn (vgg16-fcn8 and dcan); may be given "
-                "for each [default: from scratch].",
+                metavar="imagenet|ENCODER=FILE",
+                help="What encoders begin with: torchvision's ImageNet weights, fetched where they "
+                "are not there; or a file at hand (.pth or .safetensors, as torchvision and timm "
+                "have them) of resnet18 (row res-unet) or vgg16_bn (vgg16-fcn8 and dcan), may be "
+                "given for each [default: from scratch].",
             ),
             click.option("--t", "timestep", type=int, default=50, show_default=True),
             click.option(
@@ -302,22 +306,28 @@ def qualitative(
 
 
 def _make(
-    table: str, *, rows: str, limit_images: tuple[int | None, ...], jobs: int | None,
-    table_only: bool, **others: Any,
-) -> None:  # fmt: skip
+    table: str,
+    *,
+    rows: str,
+    limit_images: tuple[int | None, ...],
+    jobs: int | None,
+    table_only: bool,
+    encoder_weights: dict[str, str],
+    **others: Any,
+) -> None:
     from pathsegdiff.device import available_cores, resolve_device
     from pathsegdiff.errors import RunError
     from pathsegdiff.pipeline.tables.make import make_runs, missing_things, plan_table
     from pathsegdiff.pipeline.tables.write import write
 
     chosen = tuple(name.strip() for name in rows.split(","))
-    missing = []
+    files, missing = _encoder_files(encoder_weights, chosen, table_only=table_only)
     if not table_only:
-        given = ("dataset", "data_root", "model", "unconditional", "encoder_weights")
+        given = ("dataset", "data_root", "model", "unconditional")
         wanted = {name: others[name] for name in given}
-        missing = missing_things(rows=chosen, **wanted)
+        missing += missing_things(rows=chosen, encoder_weights=files, **wanted)
     _refuse_missing(table, missing)
-    settings = plan_table(table, rows=chosen, limits=limit_images, **others)
+    settings = plan_table(table, rows=chosen, limits=limit_images, encoder_weights=files, **others)
     failed = []
     if not table_only:
         on_cpu = resolve_device("auto").type == "cpu"
@@ -330,6 +340,30 @@ def _make(
     if failed:
         logs = settings.folder / "logs"
         raise RunError(f"{len(failed)} runs failed ({', '.join(failed[:3])}); see {logs}")
+
+
+def _encoder_files(
+    given: dict[str, str], rows: Sequence[str], *, table_only: bool
+) -> tuple[dict[str, Path], list[str]]:
+    """The files of ``--encoder-weights``, fetched where torchvision's are; what cannot be had."""
+    from cli.fetch import encoder_file
+    from pathsegdiff.errors import FetchError, RunError
+    from pathsegdiff.pipeline.baselines.imagenet_files import IMAGENET, imagenet_file
+    from pathsegdiff.pipeline.tables.rows import ROWS
+
+    read = {ROWS[name].encoder for name in rows if name in ROWS}
+    files, missing = {}, []
+    for encoder, file in given.items():
+        if file != IMAGENET:
+            files[encoder] = Path(file)
+        elif encoder in read:
+            try:
+                files[encoder] = (
+                    imagenet_file(encoder) if table_only else encoder_file(file, encoder, False)
+                )
+            except (FetchError, RunError) as error:
+                missing.append(str(error))
+    return files, missing
 
 
 def _refuse_missing(name: str, missing: Sequence[str]) -> None:

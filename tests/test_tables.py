@@ -421,7 +421,9 @@ def test_an_unconditional_model_of_its_own_stands_in_the_null_row(folder, tmp_pa
     assert run(alone) == 0
 
 
-def test_networks_begin_with_weights_at_hand_and_their_row_says_so(folder, tmp_path, quick, capsys):
+def test_networks_begin_with_weights_at_hand_and_their_row_says_so(
+    folder, tmp_path, quick, capsys, monkeypatch
+):
     encoders = {name: architecture.encoder for name, architecture in ARCHITECTURES.items()}
     for name, row in ROWS.items():
         assert row.encoder is None or row.encoder == encoders[name]
@@ -446,6 +448,10 @@ def test_networks_begin_with_weights_at_hand_and_their_row_says_so(folder, tmp_p
         assert run([*command, *asked]) == 1
         assert f"than this asks for ({digest}" in capsys.readouterr().err
     assert run([*command, *weights, "--table-only"]) == 0
+    monkeypatch.setattr(
+        "pathsegdiff.pipeline.baselines.imagenet_files.imagenet_file", lambda _: file
+    )
+    assert run([*command, "--encoder-weights", "imagenet", "--table-only"]) == 0
     file.unlink()
     assert run([*command, *weights, "--table-only"]) == 1
     assert "cannot be read: No such file" in capsys.readouterr().err

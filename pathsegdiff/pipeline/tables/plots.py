@@ -95,7 +95,7 @@ def draw_rows(
             for row in rows
         ],
     )
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     crosses = "; crosses: published" if published else ""
     axes.set_xlabel(f"{title} (dots: ours, lowest to highest run{crosses})")
