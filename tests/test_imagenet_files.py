@@ -13,8 +13,8 @@ from pathsegdiff.fetch import download as transfers
 from pathsegdiff.pipeline.baselines import imagenet_files
 from pathsegdiff.pipeline.baselines.imagenet_files import fetch_imagenet, imagenet_file
 from pathsegdiff.pipeline.baselines.networks import build_network
-from tests.helpers_stage_one import write_dataset
 from tests.helpers_http import serving
+from tests.helpers_stage_one import write_dataset
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cli.main import run
 from pathsegdiff.errors import RunError
-from pathsegdiff.evaluation.compare import compare, join, read_scored
+from pathsegdiff.evaluation.compare import compare, join, read_scored, sum_runs
 from pathsegdiff.evaluation.intervals import pixel_intervals
 from pathsegdiff.features.writer import open_existing
 from pathsegdiff.pipeline.sweep import (
@@ -143,11 +143,13 @@ def test_settings_are_held_against_one_of_them_image_by_image(tmp_path):
         if line.startswith("|")
     )
     one, other = dict(zip(header, one, strict=True)), dict(zip(header, other, strict=True))
-    images = [
-        join([read_scored(out.job.out) for out in outcomes
-              if (out.job.axes["lr"], out.job.axes["seed"]) == (rate, 0)])
-        for rate in (1e-3, 1e-2)
-    ]  # fmt: skip
+
+    def of_seed(rate, seed):
+        wanted = (rate, seed)
+        runs = [out for out in outcomes if (out.job.axes["lr"], out.job.axes["seed"]) == wanted]
+        return join([read_scored(out.job.out) for out in runs])
+
+    images = [sum_runs([of_seed(rate, seed) for seed in (0, 1)]) for rate in (1e-3, 1e-2)]
     found = compare(*images).differences["miou"]
     paired = "mIoU less that of lr 0.01 (paired 95 % interval)"
     assert one[paired] == f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
@@ -158,11 +160,21 @@ def test_settings_are_held_against_one_of_them_image_by_image(tmp_path):
     assert one["mIoU, ours less published"] == f"{mean - 0.25:+.3f}"
     assert other["mIoU published"] == other["mIoU, ours less published"] == ""
     assert one["runs"] == "4"
-    # without its first seed a row has no images to compare
-    left = [out for out in outcomes if (out.job.axes["lr"], out.job.axes["seed"]) != (1e-2, 0)]
+    # of seeds without all their folds there is nothing to compare
+    left = [out for out in outcomes if out.job.axes["lr"] != 1e-2 or "fold1" in out.part]
     less = write_sweep(tmp_path / "less", jobs, left, told)
     assert "paired 95 %" not in less.splitlines()[2] and "Without interval" in less
     assert "95 % interval over images" in less.splitlines()[2]
+
+    # and only seeds that both have are compared
+    def with_seeds(seeds):
+        left = [out for out in outcomes if out.job.axes["seed"] in seeds[out.job.axes["lr"]]]
+        return write_sweep(tmp_path / "less", jobs, left, told)
+
+    assert "other seeds" in with_seeds({1e-3: {1}, 1e-2: {0}})
+    shared = compare(*(of_seed(rate, 1) for rate in (1e-3, 1e-2))).differences["miou"]
+    shared = f"{shared.value:+.3f} ({shared.low:+.3f} to {shared.high:+.3f})"
+    assert shared != one[paired] and shared in with_seeds({1e-3: {1}, 1e-2: {0, 1}})
     write_sweep(tmp_path / "swept", jobs, outcomes, told)
 
     page = (tmp_path / "swept/report.html").read_text()

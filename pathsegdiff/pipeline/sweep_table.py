@@ -1,14 +1,14 @@
 """What came of a sweep: Markdown, CSV, a plot, and a page with all of it."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from pathsegdiff.errors import RunError
-from pathsegdiff.evaluation.compare import TITLES, Scored, compare, join, read_scored
+from pathsegdiff.evaluation.compare import TITLES, Scored, compare, join, read_scored, sum_runs
 from pathsegdiff.evaluation.intervals import pixel_intervals
 from pathsegdiff.pipeline.page import difference, limits, number, spread, write_table
 from pathsegdiff.pipeline.sweep import AXES, METRICS, Job, Outcome
@@ -52,29 +52,39 @@ class TableRow:
         axes: Values of ``AXES``.
         outcomes: Of the runs that were scored.
         planned: How many there should be.
-        seed: The first one of the sweep.
+        folds: How many of them have one seed.
     """
 
     axes: dict[str, Any]
     outcomes: tuple[Outcome, ...]
     planned: int
-    seed: int = 0
+    folds: int = 1
 
     def scores(self, metric: str) -> list[float]:
         """One value per run."""
         return [outcome.scores[metric] for outcome in self.outcomes]
 
     @cached_property
-    def scored(self) -> Scored | None:
-        """The images of the first seed, of all its folds that are there.
+    def by_seed(self) -> dict[int, Scored]:
+        """The images of each seed of which every fold is there.
 
-        None where it was not run, only validation was scored, or an older version scored it.
+        Empty where only validation was scored, or an older version scored them.
         """
-        first = [one for one in self.outcomes if one.job.axes["seed"] == self.seed]
+        runs: dict[int, list[Outcome]] = {}
+        for one in self.outcomes:
+            runs.setdefault(one.job.axes["seed"], []).append(one)
         try:
-            return join([read_scored(one.job.out, one.part) for one in first]) if first else None
+            return {
+                seed: join([read_scored(one.job.out, one.part) for one in of_seed])
+                for seed, of_seed in runs.items()
+                if len(of_seed) == self.folds
+            }
         except RunError:
-            return None
+            return {}
+
+    def scored(self, seeds: Collection[int]) -> Scored:
+        """The images of some of ``by_seed``, their pixels counted together."""
+        return sum_runs([self.by_seed[seed] for seed in sorted(seeds)])
 
 
 def write_sweep(
@@ -113,7 +123,7 @@ def table_rows(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> list[TableRo
             axes=dict(zip(AXES, key, strict=True)),
             outcomes=tuple(by_run[job.out] for job in group if job.out in by_run),
             planned=len(group),
-            seed=jobs[0].axes["seed"],
+            folds=len(group) // len({job.axes["seed"] for job in group}),
         )
         for key, group in found.items()
     ]
@@ -142,7 +152,7 @@ def cells(rows: Sequence[TableRow], parts: Sequence[str], about: About) -> list[
         header.append("mIoU, ours less published")
     reference = _reference(rows, about)
     compared = _is_compared(rows, about)
-    known = any(row.scored is not None for row in rows)
+    known = any(row.by_seed for row in rows)
     if compared:
         header.append(f"mIoU less that of {_name(reference, axes)} (paired 95 % interval)")
     header.append("mIoU, lowest to highest run")
@@ -182,7 +192,7 @@ def _reference(rows: Sequence[TableRow], about: About) -> TableRow | None:
 def _is_compared(rows: Sequence[TableRow], about: About) -> bool:
     """Whether there is something to hold against the reference, image by image."""
     reference = _reference(rows, about)
-    return len(rows) > 1 and reference is not None and reference.scored is not None
+    return len(rows) > 1 and reference is not None and bool(reference.by_seed)
 
 
 def _name(row: TableRow | None, axes: Sequence[str]) -> str:
@@ -191,40 +201,45 @@ def _name(row: TableRow | None, axes: Sequence[str]) -> str:
 
 
 def _paired(row: TableRow, reference: TableRow | None) -> str:
-    assert reference is not None and reference.scored is not None
-    if row.scored is None:
-        return ""
+    """Of the seeds that both have."""
+    assert reference is not None
+    common = row.by_seed.keys() & reference.by_seed.keys()
+    if not common:
+        return "other seeds" if row.by_seed else ""
     try:
-        found = compare(row.scored, reference.scored).differences["miou"]
+        found = compare(row.scored(common), reference.scored(common)).differences["miou"]
     except RunError:
         return "other images"
     return difference(found)
 
 
 def _between(row: TableRow) -> str:
-    if row.scored is None:
+    if not row.by_seed:
         return ""
-    return limits(pixel_intervals(row.scored.confusions, groups=row.scored.units)["miou"])
+    scored = row.scored(row.by_seed)
+    return limits(pixel_intervals(scored.confusions, groups=scored.units)["miou"])
 
 
 def _notes(rows: Sequence[TableRow], outcomes: Sequence[Outcome], about: About) -> list[str]:
     notes = []
-    if any(row.scored is not None for row in rows):
+    if any(row.by_seed for row in rows):
         notes.append(
-            "Figures are means over the runs of a setting; intervals and paired differences are of "
-            "the first seed, a bootstrap over the images of all its folds."
+            "Figures are means over the runs of a setting; intervals and paired differences are a "
+            "bootstrap over the images of all folds, whose pixels are counted over all seeds (of a "
+            "difference: over those that both have): of the chance in the seeds, the lowest and "
+            "the highest run say more."
         )
     elif any(one.part == "validation" for one in outcomes):
         notes.append(
             "Intervals and paired differences need images that are scored one by one: --fold or "
             "--eval-split."
         )
-    if any(row.outcomes and row.scored is None for row in rows) and any(
+    if any(row.outcomes and not row.by_seed for row in rows) and any(
         one.part not in ("", "validation") for one in outcomes
     ):
         notes.append(
-            "Without interval: no run of the first seed, or scored by an older version (delete its "
-            "eval folder and run this again)."
+            "Without interval: no seed has all its folds, or scored by an older version (delete "
+            "its eval folder and run this again)."
         )
     if any(len(row.outcomes) < row.planned for row in rows):
         notes.append("Incomplete: runs are missing; the same command goes on with them.")
@@ -269,7 +284,7 @@ def _runs(outcomes: Sequence[Outcome]) -> list[list[object]]:
 
 
 def _draw(rows: Sequence[TableRow], about: About, path: Path) -> None:
-    """mIoU against the first axis that varies, a line or a bar for each value of the others."""
+    """mIoU against the first axis that varies, a line or dots for each value of the others."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -296,10 +311,9 @@ def _draw(rows: Sequence[TableRow], about: About, path: Path) -> None:
             places = [float(row.axes[axis]) for row in group]
             axes.errorbar(places, means, yerr=reach, marker="o", capsize=3, label=label or None)
         else:
-            width = 0.8 / len(series)
-            shift = (index - (len(series) - 1) / 2) * width
+            shift = (index - (len(series) - 1) / 2) * 0.6 / len(series)
             places = [names.index(_shown(axis, row.axes[axis])) + shift for row in group]
-            axes.bar(places, means, width, yerr=reach, capsize=2, label=label or None)
+            axes.errorbar(places, means, yerr=reach, fmt="o", capsize=3, label=label or None)
     if about.published and about.same_data and numeric:
         printed = [(float(value), one["miou"]) for value, one in about.published.items()]
         axes.plot(*zip(*printed, strict=True), "x", color="#D55E00", label="published")
@@ -307,8 +321,6 @@ def _draw(rows: Sequence[TableRow], about: About, path: Path) -> None:
         axes.set_xscale("log")
     if not numeric:
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        low = min((min(row.scores("miou")) for row in rows if row.outcomes), default=0.0)
-        axes.set_ylim(bottom=max(0.0, low - 0.1))
     axes.set(xlabel=_AXIS_TITLES.get(axis, axis), ylabel="mIoU")
     axes.grid(axis="y", alpha=0.3)
     if any(series) or (about.published and about.same_data and numeric):
