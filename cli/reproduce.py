@@ -1,13 +1,22 @@
 """``psd reproduce``: the paper's tables."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.options import PATH, Decorator, data_root_option, decorated, precision_option
+
+if TYPE_CHECKING:
+    from pathsegdiff.pipeline.tables.rows import TableSettings
+
+#: Of a table, unless others are asked for.
+_ROWS = {
+    "table2": "tokens,res-unet,vgg16-fcn8,null,conditioned",
+    "table4": "tokens,res-unet,dcan,ddpm-seg,vgg16-fcn8,null,conditioned,effnet-unet",
+}
 
 
 @click.group()
@@ -176,7 +185,7 @@ def _table_options(name: str, dataset: str, model: str, rows: str) -> Decorator:
 
 
 @reproduce.command()
-@_table_options("table2", "bcss", "ssl-ldm-brca", "tokens,res-unet,vgg16-fcn8,null,conditioned")
+@_table_options("table2", "bcss", "ssl-ldm-brca", _ROWS["table2"])
 def table2(**options: Any) -> None:
     """Table 2: BCSS.
 
@@ -192,12 +201,7 @@ def table2(**options: Any) -> None:
 
 
 @reproduce.command()
-@_table_options(
-    "table4",
-    "glas",
-    "tiny",
-    "tokens,res-unet,dcan,ddpm-seg,vgg16-fcn8,null,conditioned,effnet-unet",
-)
+@_table_options("table4", "glas", "tiny", _ROWS["table4"])
 def table4(**options: Any) -> None:
     """Table 4: GlaS.
 
@@ -235,17 +239,16 @@ def table3(**options: Any) -> None:
 
 
 @reproduce.command()
-@click.option("--dataset", default="glas", show_default=True, envvar="DATASET")
-@data_root_option
+@decorated(_common_options("qualitative", "glas", "tiny"))
 @click.option(
     "--runs",
     type=PATH,
-    default=Path("reproduction") / "table4",
-    show_default=True,
-    help="Folder of a table that was made.",
+    help="Folder of a table [default: reproduction/table4 or table2, whichever has this data set].",
 )
 @click.option(
-    "--rows", metavar="NAME[,...]", help="In this order [default: every row that was scored]."
+    "--rows",
+    metavar="NAME[,...]",
+    help="In this order [default: every row that was scored; those of the table where none was].",
 )
 @click.option("--eval-split", help="[default: as the data set says, such as testB of GlaS].")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the runs.")
@@ -255,27 +258,23 @@ def table3(**options: Any) -> None:
     help="[default: from the worst to the best image of the first row].",
 )
 @click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Images.")
-@click.option(
-    "--out",
-    type=PATH,
-    default=Path("reproduction") / "qualitative",
-    show_default=True,
-    envvar="OUT",
-)
 def qualitative(
     dataset: str,
     data_root: Path | None,
-    runs: Path,
+    runs: Path | None,
     rows: str | None,
     eval_split: str | None,
     seed: int,
     images: str | None,
     count: int,
     out: Path,
+    jobs: int | None,
+    **settings: Any,
 ) -> None:
     """The qualitative figure: image, truth, and the prediction of every row side by side.
 
-    It holds pixels of the data set: mind its licence before you pass it on (GlaS: research only).
+    Rows that have no run with this seed yet are trained and scored first, as the tables do. It
+    holds pixels of the data set: mind its licence before you pass it on (GlaS: research only).
 
     \b
     Example:
@@ -283,21 +282,40 @@ def qualitative(
       psd reproduce qualitative --data-root ~/GlaS --rows conditioned,tokens --images testB_3
     """
     from pathsegdiff.data.manifest import open_dataset
-    from pathsegdiff.pipeline.tables.qualitative import draw_qualitative
+    from pathsegdiff.pipeline.tables.qualitative import draw_qualitative, scored_rows, table_of
     from pathsegdiff.pipeline.tables.rows import check_rows
 
     def listed(text: str | None) -> list[str]:
         return [part.strip() for part in text.split(",")] if text else []
 
-    if rows:
-        check_rows(listed(rows))
+    chosen = listed(rows)
+    if chosen:
+        check_rows(chosen)
     opened = open_dataset(dataset, data_root=data_root)
+    table, usual = table_of(opened.name, Path("reproduction"))
+    runs = runs or usual
+    split = eval_split or opened.manifest.default_eval
+    there = scored_rows(runs, split=split, seed=seed)
+    chosen = chosen or there or listed(_ROWS[table])
+    if set(chosen) - set(there):
+        made, failed = _run(
+            table,
+            tuple(chosen),
+            jobs=jobs,
+            dataset=dataset,
+            data_root=data_root,
+            eval_split=split,
+            out=runs,
+            seeds=(seed,),
+            **settings,
+        )
+        _refuse_failed(made, failed)
     picture, shown = draw_qualitative(
         opened,
         runs,
         out,
-        rows=listed(rows),
-        split=eval_split or opened.manifest.default_eval,
+        rows=chosen,
+        split=split,
         seed=seed,
         images=listed(images),
         count=count,
@@ -310,40 +328,61 @@ def _make(
     *,
     rows: str,
     limit_images: tuple[int | None, ...],
-    jobs: int | None,
-    table_only: bool,
-    encoder_weights: dict[str, str],
     **others: Any,
 ) -> None:
-    from pathsegdiff.device import available_cores, resolve_device
-    from pathsegdiff.errors import RunError
-    from pathsegdiff.pipeline.tables.make import make_runs, missing_things, plan_table
     from pathsegdiff.pipeline.tables.write import write
 
     chosen = tuple(name.strip() for name in rows.split(","))
-    files, missing = _encoder_files(encoder_weights, chosen, table_only=table_only)
-    if not table_only:
-        given = ("dataset", "data_root", "model", "unconditional")
-        wanted = {name: others[name] for name in given}
-        missing += missing_things(rows=chosen, encoder_weights=files, **wanted)
-    _refuse_missing(table, missing)
-    settings = plan_table(table, rows=chosen, limits=limit_images, encoder_weights=files, **others)
-    failed = []
-    if not table_only:
-        on_cpu = resolve_device("auto").type == "cpu"
-        cores = available_cores()
-        jobs = jobs or (min(cores, len(settings.jobs())) if on_cpu else 1)
-        threads = max(1, cores // jobs) if on_cpu and jobs > 1 else None
-        failed = make_runs(settings, jobs=jobs, threads=threads, log=click.echo)
+    settings, failed = _run(table, chosen, limits=limit_images, **others)
     click.echo(write(settings), nl=False)
     click.echo(f"table, plot and report: {settings.out}")
+    _refuse_failed(settings, failed)
+
+
+def _run(
+    table: str,
+    rows: tuple[str, ...],
+    *,
+    jobs: int | None,
+    table_only: bool = False,
+    encoder_weights: Mapping[str, str] | None = None,
+    unconditional: str | None = None,
+    **others: Any,
+) -> "tuple[TableSettings, list[str]]":
+    """Train and score what is not finished; the settings, and names of runs that failed."""
+    from pathsegdiff.device import available_cores, resolve_device
+    from pathsegdiff.pipeline.tables.make import make_runs, missing_things, plan_table
+
+    files, missing = _encoder_files(encoder_weights or {}, rows, table_only=table_only)
+    given: dict[str, Any] = {
+        "rows": rows,
+        "unconditional": unconditional,
+        "encoder_weights": files,
+    }
+    if not table_only:
+        wanted = {name: others[name] for name in ("dataset", "data_root", "model")}
+        missing += missing_things(**wanted, **given)
+    _refuse_missing(table, missing)
+    settings = plan_table(table, **given, **others)
+    if table_only:
+        return settings, []
+    on_cpu = resolve_device("auto").type == "cpu"
+    cores = available_cores()
+    jobs = jobs or (min(cores, len(settings.jobs())) if on_cpu else 1)
+    threads = max(1, cores // jobs) if on_cpu and jobs > 1 else None
+    return settings, make_runs(settings, jobs=jobs, threads=threads, log=click.echo)
+
+
+def _refuse_failed(settings: "TableSettings", failed: Sequence[str]) -> None:
+    from pathsegdiff.errors import RunError
+
     if failed:
         logs = settings.folder / "logs"
         raise RunError(f"{len(failed)} runs failed ({', '.join(failed[:3])}); see {logs}")
 
 
 def _encoder_files(
-    given: dict[str, str], rows: Sequence[str], *, table_only: bool
+    given: Mapping[str, str], rows: Sequence[str], *, table_only: bool
 ) -> tuple[dict[str, Path], list[str]]:
     """The files of ``--encoder-weights``, fetched where torchvision's are; what cannot be had."""
     from cli.fetch import encoder_file

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cli.main import run
+from pathsegdiff.data.manifest import open_dataset
 from pathsegdiff.errors import ConfigError, RunError
 from pathsegdiff.evaluation.compare import compare, join, read_scored
 from pathsegdiff.files import file_sha256
@@ -25,6 +26,7 @@ from pathsegdiff.pipeline.tables import curves, make, rows
 from pathsegdiff.pipeline.tables.columns import columns_of
 from pathsegdiff.pipeline.tables.make import make_runs, missing_things
 from pathsegdiff.pipeline.tables.published import COLUMNS, MEAN, TABLES
+from pathsegdiff.pipeline.tables.qualitative import draw_qualitative, table_of
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
 from pathsegdiff.pipeline.tables.write import collect, title_of, write
 from tests.helpers_data import make_bcss
@@ -309,15 +311,17 @@ def test_the_qualitative_figure_shows_every_row_from_the_worst_to_the_best(
     folder, tmp_path, quick, capsys
 ):
     out = tmp_path / "t"
-    settings = settings_of(folder, out, rows=("conditioned", "tokens"))
     command = ["reproduce", "qualitative", "--dataset", str(folder / "data" / "discs.toml")]
-    command += ["--runs", str(out), "--out", str(tmp_path / "q")]
-    assert run(command) == 1
-    assert "has no scored run of any row with seed 0 on test" in capsys.readouterr().err
-    make_runs(settings, jobs=1, threads=None, log=lambda line: None)
+    command += ["--runs", str(out), "--out", str(tmp_path / "q"), "--jobs", "1"]
+    command += ["--model", str(folder / "micro"), "--precision", "float32"]
+    assert run([*command, "--rows", "conditioned"]) == 0  # rows without a run are made
+    assert run([*command, "--rows", "tokens,conditioned"]) == 0
+    trained = [words for words in quick if words[0] == "train-head"]
+    assert len(trained) == 2
     capsys.readouterr()
     assert run(command) == 0
     said = capsys.readouterr().out
+    assert [words for words in quick if words[0] == "train-head"] == trained
     with Image.open(tmp_path / "q" / "qualitative.png") as picture:
         wide, high = picture.size
     assert wide > 4 * 320 and high > 2 * 320
@@ -337,15 +341,30 @@ def test_the_qualitative_figure_shows_every_row_from_the_worst_to_the_best(
         assert picture.size[0] < wide and picture.size[1] < high
     for options, message in (
         (["--images", "nobody"], "image 'nobody' is not among those of test"),
-        (["--rows", "random"], "no scored run of random"),
+        (["--rows", "null", "--model", "absent"], "missing: model absent"),
+        (["--rows", "null", "--precision", "auto"], "made with --precision float32"),
         (["--rows", "what"], "no row is called 'what'"),
-        (["--seed", "3"], "with seed 3"),
     ):
         assert run([*command, *options]) == 1
         assert message in capsys.readouterr().err
+    dataset = open_dataset(folder / "data" / "discs.toml")
+    for rows_, seed, message in (([], 3, "any row with seed 3"), (["null"], 0, "null")):
+        with pytest.raises(RunError, match=f"has no scored run of {message}"):
+            draw_qualitative(dataset, out, tmp_path / "q", rows=rows_, split="test", seed=seed)
     (out / "runs/tokens-seed0/eval-test/predictions/test_0.png").unlink()
     assert run(command) == 1
     assert "test_0.png is missing: score the run again" in capsys.readouterr().err
+
+
+def test_the_qualitative_figure_finds_the_table_of_its_data(tmp_path):
+    for name, usual in (("glas", "table4"), ("bcss", "table2"), ("mine", "table4")):
+        assert table_of(name, tmp_path) == (usual, tmp_path / usual)
+    for table, name in (("table2", "mine"), ("table4", "glas")):
+        (tmp_path / table).mkdir()
+        (tmp_path / table / "settings.json").write_text(json.dumps({"--dataset": name}))
+    assert table_of("mine", tmp_path) == ("table2", tmp_path / "table2")
+    (tmp_path / "table4/settings.json").write_text("[")
+    assert table_of("glas", tmp_path) == ("table4", tmp_path / "table4")
 
 
 def test_table_3_of_bcss_holds_its_four_classes_against_the_published_ones():

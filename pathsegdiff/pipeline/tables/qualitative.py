@@ -9,14 +9,42 @@ import numpy as np
 
 from pathsegdiff.data.image import read_label_image
 from pathsegdiff.data.manifest import Dataset
-from pathsegdiff.errors import RunError
+from pathsegdiff.errors import MALFORMED, RunError
 from pathsegdiff.evaluation.overlays import background_class, comparison
 from pathsegdiff.evaluation.pictures import save_picture
 from pathsegdiff.pipeline.page import number, write_table
+from pathsegdiff.pipeline.tables.make import SIGNATURE_FILE
 from pathsegdiff.pipeline.tables.rows import ROWS, Job
 from pathsegdiff.segmentation.scoring import METRICS_FILE, PREDICTIONS_FOLDER
 
 PICTURE_FILE = "qualitative.png"
+
+
+def table_of(dataset: str, folder: Path) -> tuple[str, Path]:
+    """The table that shows a data set, and the folder of its runs.
+
+    Args:
+        dataset: Its name.
+        folder: Of all tables.
+
+    Returns:
+        "table2" or "table4": the first that was made for this data set; that of the paper's data
+        where none was, Table 4 for other data.
+    """
+    for table in ("table4", "table2"):
+        try:
+            known = json.loads((folder / table / SIGNATURE_FILE).read_text(encoding="utf-8"))
+        except (OSError, *MALFORMED):
+            continue
+        if isinstance(known, dict) and known.get("--dataset") == dataset:
+            return table, folder / table
+    table = "table2" if dataset == "bcss" else "table4"
+    return table, folder / table
+
+
+def scored_rows(runs: Path, *, split: str, seed: int) -> list[str]:
+    """Names of the ``ROWS`` that have a scored run, in their order."""
+    return [name for name in ROWS if (_scored(runs, name, split, seed) / METRICS_FILE).is_file()]
 
 
 def draw_qualitative(
@@ -51,10 +79,8 @@ def draw_qualitative(
         RunError: If a row or an image has no prediction.
         DataError: If an image cannot be read.
     """
-    scored = {
-        name: runs / "runs" / Job(row=name, seed=seed).name / f"eval-{split}" for name in ROWS
-    }
-    there = [name for name, folder in scored.items() if (folder / METRICS_FILE).is_file()]
+    there = scored_rows(runs, split=split, seed=seed)
+    scored = {name: _scored(runs, name, split, seed) for name in ROWS}
     rows = list(rows) or there
     missing = [name for name in rows if name not in there]
     if missing or not rows:
@@ -116,6 +142,11 @@ def draw_qualitative(
         picture=PICTURE_FILE,
     )
     return out / PICTURE_FILE, chosen
+
+
+def _scored(runs: Path, name: str, split: str, seed: int) -> Path:
+    """Folder of a row's evaluation."""
+    return runs / "runs" / Job(row=name, seed=seed).name / f"eval-{split}"
 
 
 def _title(name: str) -> str:
