@@ -123,6 +123,14 @@ def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path,
     assert "data:image/png;base64," in page
     assert (out / "plot.png").stat().st_size > 5000
 
+    file = out / "runs/tokens-seed0/result.json"
+    whole = file.read_text()
+    for minutes, threads, is_long in ((29, 1, False), (31, 1, True), (16, 2, True), (14, 2, False)):
+        took = {"seconds": 60 * minutes, "device": f"cpu (x86_64, {threads} threads)"}
+        file.write_text(json.dumps({**json.loads(whole), **took}))
+        said = "Longer than the 15 minutes on 2 cores that a run should take, for the same steps"
+        assert (f"{said} as the others: HIPT." in write(settings)) == is_long
+    file.write_text(whole)
     for name in ("result.json", "eval-test/metrics.json", "config.json"):
         file = out / "runs/tokens-seed0" / name
         whole = file.read_bytes()
