@@ -1,0 +1,200 @@
+"""``psd reproduce``'s curves (Figures 4 and 5, Table 5) and its qualitative figure."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.options import PATH, Decorator, decorated
+from cli.table_options import TABLE_ROWS, common_options, whole_numbers
+from cli.table_runs import refuse_failed, refuse_missing, run_table
+
+
+@click.command()
+@decorated(common_options("qualitative", "glas", "tiny"))
+@click.option(
+    "--runs",
+    type=PATH,
+    help="Folder of a table [default: reproduction/table4 or table2, whichever has this data set].",
+)
+@click.option(
+    "--rows",
+    metavar="NAME[,...]",
+    help="In this order [default: every row that was scored; those of the table where none was].",
+)
+@click.option("--eval-split", help="[default: as the data set says, such as testB of GlaS].")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the runs.")
+@click.option(
+    "--images",
+    metavar="ID[,...]",
+    help="[default: from the worst to the best image of the first row].",
+)
+@click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Images.")
+def qualitative(
+    dataset: str,
+    data_root: Path | None,
+    runs: Path | None,
+    rows: str | None,
+    eval_split: str | None,
+    seed: int,
+    images: str | None,
+    count: int,
+    out: Path,
+    jobs: int | None,
+    **settings: Any,
+) -> None:
+    """The qualitative figure: image, truth, and the prediction of every row side by side.
+
+    Rows that have no run with this seed yet are trained and scored first, as the tables do. It
+    holds pixels of the data set: mind its licence before you pass it on (GlaS: research only).
+
+    \b
+    Example:
+      psd reproduce qualitative --data-root ~/GlaS
+      psd reproduce qualitative --data-root ~/GlaS --rows conditioned,tokens --images testB_3
+    """
+    from pathsegdiff.data.manifest import open_dataset
+    from pathsegdiff.pipeline.tables.qualitative import draw_qualitative, scored_rows, table_of
+    from pathsegdiff.pipeline.tables.rows import check_rows
+
+    def listed(text: str | None) -> list[str]:
+        return [part.strip() for part in text.split(",")] if text else []
+
+    chosen = listed(rows)
+    if chosen:
+        check_rows(chosen)
+    opened = open_dataset(dataset, data_root=data_root)
+    table, usual = table_of(opened.name, Path("reproduction"))
+    runs = runs or usual
+    split = eval_split or opened.manifest.default_eval
+    there = scored_rows(runs, split=split, seed=seed)
+    chosen = chosen or there or listed(TABLE_ROWS[table])
+    if set(chosen) - set(there):
+        made, failed = run_table(
+            table,
+            tuple(chosen),
+            jobs=jobs,
+            dataset=dataset,
+            data_root=data_root,
+            eval_split=split,
+            out=runs,
+            seeds=(seed,),
+            **settings,
+        )
+        refuse_failed(made, failed)
+    picture, shown = draw_qualitative(
+        opened,
+        runs,
+        out,
+        rows=chosen,
+        split=split,
+        seed=seed,
+        images=listed(images),
+        count=count,
+    )
+    click.echo(f"{', '.join(shown)}: {picture}")
+
+
+def _curve_options(name: str) -> Decorator:
+    """What the curves have in common."""
+    return decorated(
+        [
+            *common_options(name, "glas", "tiny"),
+            click.option(
+                "--folds",
+                metavar="K[,...]",
+                help="Hold out each in turn and score it [default: 0,1,2,3 of GlaS; else the "
+                "validation part].",
+            ),
+            click.option("--seeds", default="0", show_default=True, metavar="N[,...]"),
+        ]
+    )
+
+
+@click.command()
+@_curve_options("fig4")
+@click.option("--t", default="0,25,50,100,200,400", show_default=True, metavar="T[,...]")
+def fig4(t: str, **options: Any) -> None:
+    """Figure 4: the diffusion timestep of the features.
+
+    \b
+    Example:
+      psd reproduce fig4 --data-root ~/GlaS
+    """
+    _curve("fig4", t=t, **options)
+
+
+@click.command()
+@_curve_options("fig5")
+def fig5(**options: Any) -> None:
+    """Figure 5: each block of the UNet alone, and all of them.
+
+    \b
+    Example:
+      psd reproduce fig5 --data-root ~/GlaS
+    """
+    _curve("fig5", **options)
+
+
+@click.command()
+@_curve_options("table5")
+@click.option("--lr", default="1e-3,1e-4,1e-5", show_default=True, metavar="X[,...]")
+def table5(lr: str, **options: Any) -> None:
+    """Table 5: the head's learning rate (the paper's is of BCSS, on validation).
+
+    \b
+    Example:
+      psd reproduce table5 --data-root ~/GlaS
+      psd reproduce table5 --dataset bcss --data-root ~/bcss --model models/ssl-ldm-brca
+    """
+    _curve("table5", lr=lr, **options)
+
+
+def _curve(
+    name: str,
+    *,
+    dataset: str,
+    data_root: Path | None,
+    model: str,
+    folds: str | None,
+    seeds: str,
+    budget: str,
+    precision: str,
+    jobs: int | None,
+    out: Path,
+    t: str = "50",
+    lr: str | None = None,
+) -> None:
+    """Extract what is not cached, then compare heads, both by a user's commands."""
+    from cli.main import run_within
+    from pathsegdiff.data.manifest import open_dataset
+    from pathsegdiff.diffusion.bundle import read_card, resolve_bundle
+    from pathsegdiff.pipeline.tables.curves import about, extraction_command, sweep_command
+    from pathsegdiff.pipeline.tables.make import missing_things
+
+    refuse_missing(name, missing_things(dataset, data_root, model, ("conditioned",)))
+    opened = open_dataset(dataset, data_root=data_root)
+    split = opened.manifest.default_train
+    timesteps = tuple(dict.fromkeys(whole_numbers(click.get_current_context(), None, t)))
+    names = opened.name, read_card(resolve_bundle(model)).name
+    extraction, stores = extraction_command(
+        dataset,
+        data_root,
+        model,
+        names=names,
+        split=split,
+        timesteps=timesteps,
+        folder=out / "features",
+    )
+    if folds is None and opened.name == "glas":
+        folds = "0,1,2,3"
+    heads = sweep_command(
+        name, stores, split=split, folds=folds, seeds=seeds, rates=lr, budget=budget,
+        precision=precision, jobs=jobs, out=out,
+    )  # fmt: skip
+    said = about(
+        name, dataset=names[0], model=names[1], folds=folds, budget=budget, timesteps=timesteps
+    )
+    for command, obj in ((extraction, None), (heads, said)):
+        click.echo(f"psd {' '.join(command)}")
+        run_within(click.get_current_context(), command, obj)

@@ -1,0 +1,86 @@
+"""What ``psd reproduce`` runs: missing things, encoder weights, the rows of a table."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from pathsegdiff.pipeline.tables.rows import TableSettings
+
+
+def run_table(
+    table: str,
+    rows: tuple[str, ...],
+    *,
+    jobs: int | None,
+    table_only: bool = False,
+    encoder_weights: Mapping[str, str] | None = None,
+    unconditional: str | None = None,
+    **others: Any,
+) -> "tuple[TableSettings, list[str]]":
+    """Train and score what is not finished; the settings, and names of runs that failed."""
+    from pathsegdiff.device import available_cores, resolve_device
+    from pathsegdiff.pipeline.tables.make import make_runs, missing_things, plan_table
+
+    files, missing = _encoder_files(encoder_weights or {}, rows, table_only=table_only)
+    given: dict[str, Any] = {
+        "rows": rows,
+        "unconditional": unconditional,
+        "encoder_weights": files,
+    }
+    if not table_only:
+        wanted = {name: others[name] for name in ("dataset", "data_root", "model")}
+        missing += missing_things(**wanted, **given)
+    refuse_missing(table, missing)
+    settings = plan_table(table, **given, **others)
+    if table_only:
+        return settings, []
+    on_cpu = resolve_device("auto").type == "cpu"
+    cores = available_cores()
+    jobs = jobs or (min(cores, len(settings.jobs())) if on_cpu else 1)
+    threads = max(1, cores // jobs) if on_cpu and jobs > 1 else None
+    return settings, make_runs(settings, jobs=jobs, threads=threads, log=click.echo)
+
+
+def refuse_failed(settings: "TableSettings", failed: Sequence[str]) -> None:
+    from pathsegdiff.errors import RunError
+
+    if failed:
+        logs = settings.folder / "logs"
+        raise RunError(f"{len(failed)} runs failed ({', '.join(failed[:3])}); see {logs}")
+
+
+def _encoder_files(
+    given: Mapping[str, str], rows: Sequence[str], *, table_only: bool
+) -> tuple[dict[str, Path], list[str]]:
+    """The files of ``--encoder-weights``, fetched where torchvision's are; what cannot be had."""
+    from cli.fetch import encoder_file
+    from pathsegdiff.errors import FetchError, RunError
+    from pathsegdiff.pipeline.baselines.imagenet_files import IMAGENET, imagenet_file
+    from pathsegdiff.pipeline.tables.rows import ROWS
+
+    read = {ROWS[name].encoder for name in rows if name in ROWS}
+    files, missing = {}, []
+    for encoder, file in given.items():
+        if file != IMAGENET:
+            files[encoder] = Path(file)
+        elif encoder in read:
+            try:
+                files[encoder] = (
+                    imagenet_file(encoder) if table_only else encoder_file(file, encoder, False)
+                )
+            except (FetchError, RunError) as error:
+                missing.append(str(error))
+    return files, missing
+
+
+def refuse_missing(name: str, missing: Sequence[str]) -> None:
+    """Raises: DataError: If something is missing, after a line for each."""
+    from pathsegdiff.errors import DataError
+
+    for line in missing:
+        click.echo(f"missing: {line}", err=True)
+    if missing:
+        raise DataError(f"{name} needs {len(missing)} more things, listed above")
