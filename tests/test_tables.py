@@ -47,7 +47,7 @@ def quick(monkeypatch):
     """Few steps, and commands in this process."""
     head = ("--val", "0", "--keep", "last", "--steps", "2", "--crop", "256")
     images = ("--val", "0", "--keep", "last", "--steps", "2", "--size", "64")
-    budget = replace(BUDGETS["short"], head=head, baseline=images)
+    budget = replace(BUDGETS["short"], head=head, networks=dict.fromkeys(ROWS, images))
     monkeypatch.setitem(rows.BUDGETS, "short", budget)
     said = []
 
