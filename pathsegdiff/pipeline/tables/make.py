@@ -279,8 +279,9 @@ def _refuse_another(settings: TableSettings) -> None:
             unknown = not any((settings.folder / "runs").glob("null-*"))
         if ours != theirs and not unknown:
             raise RunError(
-                f"{settings.folder} was made with {option} {theirs}, this asks for {ours}; choose "
-                "another --out" + ("" if settings.work is None else ", and --runs")
+                f"{settings.folder} was made with {option} {theirs}, this asks for {ours}; give "
+                "the same, or choose another folder (--out, or --runs where there is such an "
+                "option)"
             )
     digest = cache(weights_sha256)  # a file of half a gigabyte is read once
     for job in settings.jobs():
