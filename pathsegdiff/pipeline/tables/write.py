@@ -163,7 +163,7 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
     if long and settings.budget == "short":
         notes.append(
             f"Longer than the {_SHORT_MINUTES} minutes on {_SHORT_CORES} cores that a run should "
-            f"take, for the same steps as the others: {', '.join(long)}."
+            f"take: {', '.join(long)}."
         )
     incomplete = [row.title for row in rows if len(row.runs) < row.planned]
     if incomplete:
