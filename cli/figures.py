@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from cli.options import PATH, Decorator, decorated
-from cli.table_options import TABLE_ROWS, common_options, whole_numbers
+from cli.table_options import TABLE_ROWS, common_options, names, whole_numbers
 from cli.table_runs import refuse_failed, refuse_missing, run_table
 
 
@@ -57,22 +57,19 @@ def qualitative(
     from pathsegdiff.pipeline.tables.qualitative import draw_qualitative, scored_rows, table_of
     from pathsegdiff.pipeline.tables.rows import check_rows
 
-    def listed(text: str | None) -> list[str]:
-        return [part.strip() for part in text.split(",")] if text else []
-
-    chosen = listed(rows)
+    chosen = names(rows)
     if chosen:
         check_rows(chosen)
     opened = open_dataset(dataset, data_root=data_root)
     table, usual = table_of(opened.name, Path("reproduction"))
     runs = runs or usual
     split = eval_split or opened.manifest.default_eval
-    there = scored_rows(runs, split=split, seed=seed)
-    chosen = chosen or there or listed(TABLE_ROWS[table])
+    there = tuple(scored_rows(runs, split=split, seed=seed))
+    chosen = chosen or there or names(TABLE_ROWS[table])
     if set(chosen) - set(there):
         made, failed = run_table(
             table,
-            tuple(chosen),
+            chosen,
             jobs=jobs,
             dataset=dataset,
             data_root=data_root,
@@ -89,7 +86,7 @@ def qualitative(
         rows=chosen,
         split=split,
         seed=seed,
-        images=listed(images),
+        images=names(images),
         count=count,
     )
     click.echo(f"{', '.join(shown)}: {picture}")
@@ -176,12 +173,12 @@ def _curve(
     opened = open_dataset(dataset, data_root=data_root)
     split = opened.manifest.default_train
     timesteps = tuple(dict.fromkeys(whole_numbers(click.get_current_context(), None, t)))
-    names = opened.name, read_card(resolve_bundle(model)).name
+    called = opened.name, read_card(resolve_bundle(model)).name
     extraction, stores = extraction_command(
         dataset,
         data_root,
         model,
-        names=names,
+        names=called,
         split=split,
         timesteps=timesteps,
         folder=out / "features",
@@ -193,7 +190,7 @@ def _curve(
         precision=precision, jobs=jobs, out=out,
     )  # fmt: skip
     said = about(
-        name, dataset=names[0], model=names[1], folds=folds, budget=budget, timesteps=timesteps
+        name, dataset=called[0], model=called[1], folds=folds, budget=budget, timesteps=timesteps
     )
     for command, obj in ((extraction, None), (heads, said)):
         click.echo(f"psd {' '.join(command)}")

@@ -7,7 +7,7 @@ import click
 
 from cli.figures import fig4, fig5, qualitative, table5
 from cli.options import PATH
-from cli.table_options import TABLE_ROWS, table_options
+from cli.table_options import TABLE_ROWS, names, table_options
 from cli.table_runs import refuse_failed, run_table
 
 
@@ -102,8 +102,7 @@ def _make(
 ) -> None:
     from pathsegdiff.pipeline.tables.write import write
 
-    chosen = tuple(name.strip() for name in rows.split(","))
-    settings, failed = run_table(table, chosen, limits=limit_images, **others)
+    settings, failed = run_table(table, names(rows), limits=limit_images, **others)
     click.echo(write(settings), nl=False)
     click.echo(f"table, plot and report: {settings.out}")
     refuse_failed(settings, failed)

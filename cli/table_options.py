@@ -14,9 +14,15 @@ TABLE_ROWS = {
 }
 
 
+def names(text: str | None) -> tuple[str, ...]:
+    """The names in "a, b"; none in nothing."""
+    return tuple(part.strip() for part in text.split(",")) if text else ()
+
+
 def whole_numbers(
     ctx: click.Context, param: click.Parameter | None, value: str | None
 ) -> tuple[int, ...]:
+    """A callback: "0,1,2" as numbers, nothing as none."""
     try:
         return tuple(int(part) for part in value.split(",")) if value else ()
     except ValueError:

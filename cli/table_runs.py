@@ -45,6 +45,7 @@ def run_table(
 
 
 def refuse_failed(settings: "TableSettings", failed: Sequence[str]) -> None:
+    """Raises: RunError: If a run failed, with the folder of what its commands printed."""
     from pathsegdiff.errors import RunError
 
     if failed:

@@ -5,6 +5,8 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pathsegdiff.config import PRECISIONS
@@ -138,6 +140,20 @@ def training_layout(device: "torch.device") -> "torch.memory_format":
     if device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return torch.contiguous_format
     return torch.channels_last
+
+
+@contextmanager
+def computing_on(threads: int | None) -> Iterator[None]:
+    """Let torch compute on so many threads of this process; on as many as before where None."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device_name(device: "torch.device") -> str:

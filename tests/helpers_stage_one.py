@@ -1,7 +1,5 @@
 """A micro bundle and stage 1 settings for tests."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +16,6 @@ T50 = View(timestep=50, conditioning="encoder")
 #: and 8, 1 and 2 threads, x86-64). Noise is bitwise equal, and all is with the same batch, threads
 #: and device.
 TOLERANCE = 5e-5
-
-
-@contextmanager
-def computing_on(threads: int) -> Iterator[None]:
-    """Let torch compute on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_bundle(folder: Path, seed: int = 0) -> Bundle:

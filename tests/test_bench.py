@@ -13,7 +13,7 @@ from PIL import Image
 
 from cli.main import run
 from pathsegdiff.data.manifest import open_dataset
-from pathsegdiff.device import has_arithmetic
+from pathsegdiff.device import computing_on, has_arithmetic
 from pathsegdiff.diffusion.bundle import load_bundle
 from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.store import FeatureStore
@@ -53,7 +53,9 @@ def test_every_part_is_measured(micro, precision):
         model=str(micro), samples=2, runs=2, precision=precision, device=CPU, memory=False
     )
     said = []
-    found = run_bench(settings, log=said.append)
+    # With two threads rounding moves an activation across 0, which its gradient shows whole.
+    with computing_on(1):
+        found = run_bench(settings, log=said.append)
     assert said[0] == "extraction, float32"
     assert set(found["extraction"]) == set(found["head"]) == {"float32", precision}
     assert found["extraction"]["float32"]["patches"] == 8
@@ -65,8 +67,7 @@ def test_every_part_is_measured(micro, precision):
     if precision == "bfloat16":
         assert 1e-3 < max(errors["bfloat16"].values()) < 0.2
     assert found["head"]["float32"]["output_difference"] < 1e-4
-    # An activation that rounding moves across 0 (with two threads one is) shows here, whole.
-    assert found["head"]["float32"]["gradient_difference"] < 1e-3
+    assert found["head"]["float32"]["gradient_difference"] < 1e-4
     size = found["bytes_per_patch"]
     specs = load_bundle(micro).card.taps
     assert size["plain"] == pytest.approx(sum(tap.channels for tap in specs) * 64**2 * 2, rel=0.01)

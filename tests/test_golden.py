@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pathsegdiff.config import ALL_TAPS
+from pathsegdiff.device import computing_on
 from pathsegdiff.diffusion.checkpoints import import_bundle
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,10 +41,8 @@ def case(request, tmp_path_factory):
 @pytest.fixture
 def two_threads():
     """As the authors' code was run; a GroupNorm over 256 x 256 depends on it by 1e-5."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with computing_on(2):
+        yield
 
 
 def test_the_import_leaves_nothing_out(case):

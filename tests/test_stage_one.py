@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from pathsegdiff.device import computing_on
 from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.stage_one import View, iterate_views
-from tests.helpers_stage_one import T50, TOLERANCE, computing_on, make_bundle, make_stage_one
+from tests.helpers_stage_one import T50, TOLERANCE, make_bundle, make_stage_one
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ For comparing with the authors' code, and for finding out where two machines par
 """
 
 import tokenize  # numpy reads headers with it, and lets its error through
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 
 from pathsegdiff.config import ALL_TAPS, CONDITIONINGS
 from pathsegdiff.data.image import read_image
+from pathsegdiff.device import computing_on
 from pathsegdiff.diffusion.bundle import Bundle
 from pathsegdiff.diffusion.model import DiffusionModel
 from pathsegdiff.diffusion.noise import patch_noise
@@ -69,7 +68,7 @@ def probe_patch(
         )
     model = bundle.load("cpu", torch.float32)
     model.check_condition(encoder=conditioning == "encoder")
-    with _threads(_THREADS):
+    with computing_on(_THREADS):
         arrays = _forward(
             model,
             torch.from_numpy(np.ascontiguousarray(image)),
@@ -107,16 +106,6 @@ def _forward(
         other = "context_null" if conditioning == "encoder" else "context_encoder"
         arrays[other] = contexts["none" if conditioning == "encoder" else "encoder"]
     return arrays
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def probe_file(

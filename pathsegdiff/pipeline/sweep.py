@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from pathsegdiff.config import parse_head_inputs
-from pathsegdiff.device import available_cores, keep_freed_memory
+from pathsegdiff.device import available_cores, computing_on, keep_freed_memory
 from pathsegdiff.errors import PathSegDiffError, RunError
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.interrupt import deferred_interrupt
@@ -243,16 +243,15 @@ def run_sweep(
 
 def run_job(job: Job) -> Outcome:
     """Train one head and score it; what goes wrong with this one alone is its outcome."""
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
     try:
-        store = FeatureStore.open(job.point.store)
-        settings = plan_settings(store, **_arguments(job.point), **job.settings)
-        result = train_head(store, job.out, settings, device=job.device)
-        found = {name: float(result.kept.get(f"val_{name}", math.nan)) for name in METRICS}
-        part = "validation"
-        if job.eval_split is not None or job.point.fold is not None:
-            part, found = _evaluated(job, store)
+        with computing_on(job.threads):
+            store = FeatureStore.open(job.point.store)
+            settings = plan_settings(store, **_arguments(job.point), **job.settings)
+            result = train_head(store, job.out, settings, device=job.device)
+            found = {name: float(result.kept.get(f"val_{name}", math.nan)) for name in METRICS}
+            part = "validation"
+            if job.eval_split is not None or job.point.fold is not None:
+                part, found = _evaluated(job, store)
     except (PathSegDiffError, OSError) as error:
         return Outcome(job=job, error=str(error))
     except (MemoryError, torch.OutOfMemoryError):

@@ -194,7 +194,12 @@ class Baseline:
             settings=self.settings.to_dict(),
             dataset_sha256=self.images.dataset.sha256,
             dataset=self.images.card.to_dict(),
-            network=network_facts(self.settings.name, network, self.encoder_weights),
+            network=network_facts(
+                self.settings.name,
+                network,
+                self.encoder_weights,
+                self.settings.encoder_weights,
+            ),
             class_pixels=(),
             class_weights=(),
             samples=self.parts.to_dict(),

@@ -1,7 +1,7 @@
 """ImageNet weights of an encoder, from where torchvision has them.
 
 They are kept where torch keeps such files, so what torchvision got before is used as it is. The
-file's name ends with the first eight hex digits of its SHA-256: RESNET18-f37072fd.pth.
+file's name ends with the first eight hex digits of its SHA-256: resnet18-f37072fd.pth.
 """
 
 import re
@@ -33,8 +33,7 @@ def imagenet_file(encoder: str) -> Path:
     Raises:
         RunError: If torchvision has none of it.
     """
-    name = Path(urlsplit(_address(encoder)).path).name
-    return Path(torch.hub.get_dir()) / "checkpoints" / name
+    return _place_of(_address(encoder))
 
 
 def fetch_imagenet(encoder: str, *, on_bytes: OnBytes | None = None) -> Path:
@@ -51,21 +50,26 @@ def fetch_imagenet(encoder: str, *, on_bytes: OnBytes | None = None) -> Path:
         RunError: If torchvision has none of it.
         FetchError: If they cannot be had, or are not what their name says.
     """
-    file = imagenet_file(encoder)
-    arriving = file.with_name(f"{file.name}.arriving")
-    if not file.exists():
-        try:
-            download(Remote(url=_address(encoder)), arriving, on_bytes=on_bytes)
-            _check(arriving, file.name)
-            arriving.replace(file)
-        except (FetchError, OSError) as error:
-            raise FetchError(
-                f"ImageNet weights of {encoder} cannot be had ({error}); give --encoder-weights a "
-                "file of them, or leave it out to begin from scratch"
-            ) from None
-    else:
+    address = _address(encoder)
+    file = _place_of(address)
+    if file.exists():
         _check(file, file.name)
+        return file
+    arriving = file.with_name(f"{file.name}.arriving")
+    try:
+        download(Remote(url=address), arriving, on_bytes=on_bytes)
+        _check(arriving, file.name)
+        arriving.replace(file)
+    except (FetchError, OSError) as error:
+        raise FetchError(
+            f"ImageNet weights of {encoder} cannot be had ({error}); give --encoder-weights a file "
+            "of them, or leave it out to begin from scratch"
+        ) from None
     return file
+
+
+def _place_of(address: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(address).path).name
 
 
 def _address(encoder: str) -> str:

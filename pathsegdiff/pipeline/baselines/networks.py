@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pathsegdiff.device import training_layout
 from pathsegdiff.diffusion import imagenet
 from pathsegdiff.errors import RunError
-from pathsegdiff.files import file_sha256
 from pathsegdiff.pipeline.baselines.dcan import DCAN
 from pathsegdiff.pipeline.baselines.fcn8s import FCN8s
 from pathsegdiff.tensors import load_tensors
@@ -148,13 +147,13 @@ def on_device(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def network_facts(
-    name: str, network: nn.Module, encoder_weights: Path | None = None
+    name: str, network: nn.Module, encoder_weights: Path | None = None, sha256: str | None = None
 ) -> dict[str, Any]:
-    """What a run records of its network, JSON types."""
+    """What a run records of its network, JSON types; ``sha256`` is of ``encoder_weights``."""
     architecture = architecture_of(name)
     weights: str | dict[str, str] = "none"
     if encoder_weights is not None:
-        weights = {"file": encoder_weights.name, "sha256": file_sha256(encoder_weights)}
+        weights = {"file": encoder_weights.name, "sha256": str(sha256)}
     elif architecture.imagenet:
         weights = imagenet.efficientnet_lite0_facts()
     begins = "from scratch" if weights == "none" else "trained encoder"

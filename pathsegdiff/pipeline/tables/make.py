@@ -163,7 +163,7 @@ def plan_table(
             name, preset = card.name, _PRESETS.get(card.num_channels, "none")
             digest = card.sha256
         except BundleError:  # a table of finished runs needs no bundle
-            known = _known_signature(others.get("work") or others["out"])
+            known = known_signature(others.get("work") or others["out"])
             if known is None:
                 raise
             name = str(known.get("--model"))
@@ -173,7 +173,7 @@ def plan_table(
             other = read_card(resolve_bundle(unconditional))
             null, null_digest = other.name, other.sha256
         except BundleError:
-            null = (_known_signature(others.get("work") or others["out"]) or {}).get(
+            null = (known_signature(others.get("work") or others["out"]) or {}).get(
                 "--unconditional"
             )
             if null is None:
@@ -241,7 +241,7 @@ def is_finished(settings: TableSettings, job: Job) -> bool:
 
 def _signature(settings: TableSettings) -> dict[str, Any]:
     """Of all rows that the folder has seen: networks on images have no model."""
-    known = _known_signature(settings.folder) or {}
+    known = known_signature(settings.folder) or {}
     found = settings.signature()
     if known and found["--model"] == "none":
         found["--model"] = known["--model"]
@@ -254,7 +254,12 @@ def _reads_model(row: str, unconditional: str | None) -> bool:
     return store is not None and (store != "none" or unconditional is None)
 
 
-def _known_signature(out: Path) -> dict[str, Any] | None:
+def known_signature(out: Path) -> dict[str, Any] | None:
+    """What every run in a table's folder has in common; None where there is none yet.
+
+    Raises:
+        RunError: If the file that says so is damaged.
+    """
     file = out / SIGNATURE_FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -269,7 +274,7 @@ def _known_signature(out: Path) -> dict[str, Any] | None:
 
 def _refuse_another(settings: TableSettings) -> None:
     """Finished runs are taken as they are, so they must be of these settings."""
-    known = _known_signature(settings.folder)
+    known = known_signature(settings.folder)
     if known is None:
         return
     for option, ours in settings.signature().items():

@@ -9,11 +9,11 @@ import numpy as np
 
 from pathsegdiff.data.image import read_label_image
 from pathsegdiff.data.manifest import Dataset
-from pathsegdiff.errors import MALFORMED, RunError
+from pathsegdiff.errors import RunError
 from pathsegdiff.evaluation.overlays import background_class, comparison
 from pathsegdiff.evaluation.pictures import save_picture
 from pathsegdiff.pipeline.page import number, write_table
-from pathsegdiff.pipeline.tables.make import SIGNATURE_FILE
+from pathsegdiff.pipeline.tables.make import known_signature
 from pathsegdiff.pipeline.tables.rows import ROWS, Job
 from pathsegdiff.segmentation.scoring import METRICS_FILE, PREDICTIONS_FOLDER
 
@@ -33,10 +33,10 @@ def table_of(dataset: str, folder: Path) -> tuple[str, Path]:
     """
     for table in ("table4", "table2"):
         try:
-            known = json.loads((folder / table / SIGNATURE_FILE).read_text(encoding="utf-8"))
-        except (OSError, *MALFORMED):
-            continue
-        if isinstance(known, dict) and known.get("--dataset") == dataset:
+            known = known_signature(folder / table)
+        except RunError:
+            continue  # another command will say that it is damaged
+        if known is not None and known.get("--dataset") == dataset:
             return table, folder / table
     table = "table2" if dataset == "bcss" else "table4"
     return table, folder / table
