@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from cli.options import PATH, Decorator, decorated
+from cli.options import PATH, Decorator, decorated, numbers, seed_numbers
 from cli.table_options import TABLE_ROWS, common_options, names, whole_numbers
 from cli.table_runs import refuse_failed, refuse_missing, run_table
 
@@ -66,19 +67,19 @@ def qualitative(
     split = eval_split or opened.manifest.default_eval
     there = tuple(scored_rows(runs, split=split, seed=seed))
     chosen = chosen or there or names(TABLE_ROWS[table])
-    if set(chosen) - set(there):
-        made, failed = run_table(
-            table,
-            chosen,
-            jobs=jobs,
-            dataset=dataset,
-            data_root=data_root,
-            eval_split=split,
-            out=runs,
-            seeds=(seed,),
-            **settings,
-        )
-        refuse_failed(made, failed)
+    made, failed = run_table(
+        table,
+        chosen,
+        jobs=jobs,
+        table_only=not set(chosen) - set(there),
+        dataset=dataset,
+        data_root=data_root,
+        eval_split=split,
+        out=runs,
+        seeds=(seed,),
+        **_as_the_table(runs, settings),
+    )
+    refuse_failed(made, failed)
     picture, shown = draw_qualitative(
         opened,
         runs,
@@ -88,8 +89,25 @@ def qualitative(
         seed=seed,
         images=names(images),
         count=count,
+        made_with=f"model {made.model_name}, budget {made.budget}, precision {made.precision}",
     )
     click.echo(f"{', '.join(shown)}: {picture}")
+
+
+def _as_the_table(runs: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Model, budget and precision: what was typed, else what the runs were made with."""
+    from pathsegdiff.pipeline.tables.finished import known_signature
+
+    known = known_signature(runs) or {}
+    context = click.get_current_context()
+    usual = {
+        name: known[f"--{name}"].split(":", 1)[0]
+        for name in ("model", "budget", "precision")
+        if context.get_parameter_source(name) is ParameterSource.DEFAULT
+        and isinstance(known.get(f"--{name}"), str)
+        and known[f"--{name}"] != "none"
+    }
+    return {**settings, **usual}
 
 
 def _curve_options(name: str) -> Decorator:
@@ -167,11 +185,18 @@ def _curve(
     from pathsegdiff.data.manifest import open_dataset
     from pathsegdiff.diffusion.bundle import read_card, resolve_bundle
     from pathsegdiff.pipeline.tables.curves import about, extraction_command, sweep_command
-    from pathsegdiff.pipeline.tables.make import missing_things
+    from pathsegdiff.pipeline.tables.make import missing_things, refuse_impossible
 
+    # Before hours of extraction, not after.
+    seed_numbers(seeds, "--seeds")
+    numbers(lr, float, "--lr")
+    held_out = numbers(folds, int, "--folds")
     refuse_missing(name, missing_things(dataset, data_root, model, ("conditioned",)))
     opened = open_dataset(dataset, data_root=data_root)
     split = opened.manifest.default_train
+    if folds is None and opened.name == "glas":
+        folds, held_out = "0,1,2,3", [0, 1, 2, 3]
+    refuse_impossible(dataset, data_root, train_split=split, eval_split=None, folds=held_out)
     timesteps = tuple(dict.fromkeys(whole_numbers(click.get_current_context(), None, t)))
     called = opened.name, read_card(resolve_bundle(model)).name
     extraction, stores = extraction_command(
@@ -183,8 +208,6 @@ def _curve(
         timesteps=timesteps,
         folder=out / "features",
     )
-    if folds is None and opened.name == "glas":
-        folds = "0,1,2,3"
     heads = sweep_command(
         name, stores, split=split, folds=folds, seeds=seeds, rates=lr, budget=budget,
         precision=precision, jobs=jobs, out=out,

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
+Number = TypeVar("Number", int, float)
 Command = TypeVar("Command", bound=Callable[..., Any])
 #: Such as a ``click.option``.
 Decorator = Callable[[Any], Any]
@@ -183,3 +184,27 @@ def _parse_crop(text: str) -> int | str | None:
         raise click.BadParameter(
             f"{text!r} is not a number of pixels, none or auto", param_hint="--crop"
         ) from None
+
+
+def numbers(text: str | None, kind: Callable[[str], Number], option: str) -> list[Any]:
+    """The numbers in "1,2", each once; none in nothing.
+
+    Raises:
+        click.BadParameter: If it is something else.
+    """
+    if not text:
+        return []
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not a number, or numbers with commas between", param_hint=option
+        ) from None
+
+
+def seed_numbers(text: str | None, option: str) -> list[int]:
+    """``numbers`` that a generator takes."""
+    found: list[int] = numbers(text, int, option)
+    if not all(0 <= seed < 2**63 for seed in found):
+        raise click.BadParameter(f"{text!r}: seeds are from 0 to 2^63 - 1", param_hint=option)
+    return found

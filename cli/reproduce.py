@@ -25,7 +25,9 @@ def reproduce() -> None:
 
 
 @reproduce.command()
-@click.option("--out", type=PATH, default=Path("reproduction/table1"), show_default=True)
+@click.option(
+    "--out", type=PATH, default=Path("reproduction/table1"), show_default=True, envvar="OUT"
+)
 def table1(out: Path) -> None:
     """Table 1: parameters of the networks, counted.
 

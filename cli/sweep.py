@@ -1,8 +1,7 @@
 """``psd sweep``: a grid of heads over stores that are there."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,13 +11,13 @@ from cli.options import (
     head_training_options,
     head_training_settings,
     is_quiet,
+    numbers,
     precision_option,
+    seed_numbers,
 )
 
 if TYPE_CHECKING:
     from pathsegdiff.pipeline.sweep import Outcome
-
-Value = TypeVar("Value")
 
 
 @click.command()
@@ -91,8 +90,9 @@ def sweep(
 
     Stores are only read. Each head is a run as `psd train-head` makes it, in OUT/runs; the same
     command again continues what was interrupted. Leaves table.md, table.csv, plot.png and
-    report.html: means over folds and seeds; with --fold or --eval-split also the interval over
-    images, and the difference from the first setting with its paired interval.
+    report.html: means over folds and seeds; with --fold or --eval-split also the interval (over
+    images; of folds over groups, such as patients), and the difference from the first setting
+    with its paired interval.
 
     \b
     Example:
@@ -116,14 +116,12 @@ def sweep(
     grid = Grid(
         stores=stores,
         taps=list(dict.fromkeys(wanted)),
-        learning_rates=_values(lr, float, "--lr"),
-        widths=_values(widths, int, "--head-width") or [None],
-        limits=_values(limits, int, "--limit-images") or [None],
-        folds=_values(folds, int, "--fold") or [None],
-        seeds=_values(seeds, int, "--seed"),
+        learning_rates=numbers(lr, float, "--lr"),
+        widths=numbers(widths, int, "--head-width") or [None],
+        limits=numbers(limits, int, "--limit-images") or [None],
+        folds=numbers(folds, int, "--fold") or [None],
+        seeds=seed_numbers(seeds, "--seed"),
     )
-    if not all(0 <= seed < 2**63 for seed in grid.seeds):
-        raise click.BadParameter(f"{seeds!r}: seeds are from 0 to 2^63 - 1", param_hint="--seed")
     processes = min(jobs or default_processes(place), len(list(grid.points())))
     planned = plan_sweep(
         grid,
@@ -163,15 +161,3 @@ def sweep(
 
 def _expanded(text: str, taps: tuple[str, ...]) -> tuple[str, ...]:
     return (*taps, "all") if text == "each" else (text,)
-
-
-def _values(text: str | None, kind: Callable[[str], Value], option: str) -> list[Any]:
-    """Numbers with commas between, each once."""
-    if text is None:
-        return []
-    try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError:
-        raise click.BadParameter(
-            f"{text!r} is not a number, or numbers with commas between", param_hint=option
-        ) from None

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import click
 
-from cli.options import PATH, Decorator, data_root_option, decorated, precision_option
+from cli.options import (
+    PATH,
+    Decorator,
+    data_root_option,
+    decorated,
+    precision_option,
+    seed_numbers,
+)
 
 #: Of a table, unless others are asked for.
 TABLE_ROWS = {
@@ -27,6 +34,10 @@ def whole_numbers(
         return tuple(int(part) for part in value.split(",")) if value else ()
     except ValueError:
         raise click.BadParameter(f"must be whole numbers such as 0,1,2, got {value!r}") from None
+
+
+def _seeds(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    return tuple(seed_numbers(value, "--seeds"))
 
 
 def _limits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int | None, ...]:
@@ -139,7 +150,7 @@ def table_options(name: str, dataset: str, model: str, rows: str) -> Decorator:
                 "--seeds",
                 default="0,1,2",
                 show_default=True,
-                callback=whole_numbers,
+                callback=_seeds,
                 metavar="N[,...]",
             ),
             click.option(

@@ -22,7 +22,12 @@ def run_table(
 ) -> "tuple[TableSettings, list[str]]":
     """Train and score what is not finished; the settings, and names of runs that failed."""
     from pathsegdiff.device import available_cores, resolve_device
-    from pathsegdiff.pipeline.tables.make import make_runs, missing_things, plan_table
+    from pathsegdiff.pipeline.tables.make import (
+        make_runs,
+        missing_things,
+        plan_table,
+        refuse_impossible,
+    )
 
     files, missing = _encoder_files(encoder_weights or {}, rows, table_only=table_only)
     given: dict[str, Any] = {
@@ -37,6 +42,14 @@ def run_table(
     settings = plan_table(table, **given, **others)
     if table_only:
         return settings, []
+    refuse_impossible(
+        settings.dataset,
+        settings.data_root,
+        train_split=settings.train_split,
+        eval_split=settings.eval_split,
+        folds=settings.folds,
+        limits=settings.limits,
+    )
     on_cpu = resolve_device("auto").type == "cpu"
     cores = available_cores()
     jobs = jobs or (min(cores, len(settings.jobs())) if on_cpu else 1)

@@ -26,10 +26,24 @@ def predicted(share, seed):
     return np.where(wrong, rng.integers(0, 2, TARGETS.shape), TARGETS.clip(max=1))
 
 
-def write_eval(folder, labels, *, names=NAMES, ids=None, units=None, part="test", targets=TARGETS):
+def write_eval(
+    folder,
+    labels,
+    *,
+    names=NAMES,
+    ids=None,
+    units=None,
+    part="test",
+    targets=TARGETS,
+    patients=None,
+):
     confusions = np.stack([confusion_matrix(t, p, 2) for t, p in zip(targets, labels, strict=True)])
     ids = [f"s{number}" for number in range(len(labels))] if ids is None else ids
-    rows = [image_row(name, c, names) for name, c in zip(ids, confusions, strict=True)]
+    patients = ids if patients is None else patients
+    rows = [
+        image_row(name, c, names, group=patient)
+        for name, c, patient in zip(ids, confusions, patients, strict=True)
+    ]
     metrics_json(
         folder / f"eval-{part}" / "metrics.json",
         names=names,
@@ -50,6 +64,28 @@ def better(tmp_path):
 @pytest.fixture
 def worse(tmp_path):
     return write_eval(tmp_path / "worse", predicted(0.5, 2))
+
+
+def test_of_a_held_out_fold_whole_groups_are_drawn(tmp_path):
+    patients = [f"p{number // 4}" for number in range(12)]
+    labels = [predicted(0.2, 1), predicted(0.5, 2)]
+    of_fold, of_split = (
+        [
+            read_scored(write_eval(tmp_path / f"{part}{k}", one, part=part, patients=patients))
+            for k, one in enumerate(labels)
+        ]
+        for part in ("fold0", "test")
+    )
+    assert of_fold[0].units == tuple(patients) and of_fold[0].drawn == "groups (patients, cases)"
+    assert of_split[0].units == of_split[0].sample_ids and of_split[0].drawn == "images"
+    drawn, by_image = (compare(*pair).differences["miou"] for pair in (of_fold, of_split))
+    assert drawn.value == by_image.value
+    assert (drawn.low, drawn.high) != (by_image.low, by_image.high)
+    # One group alone has no chance in it: its images are drawn.
+    alone = read_scored(
+        write_eval(tmp_path / "alone", labels[0], part="fold1", patients=["p"] * 12)
+    )
+    assert alone.groups is None and alone.drawn == "images"
 
 
 def test_folds_are_joined_to_one_evaluation(better, worse, tmp_path):

@@ -154,8 +154,9 @@ def test_settings_are_held_against_one_of_them_image_by_image(tmp_path):
     paired = "mIoU less that of lr 0.01 (paired 95 % interval)"
     assert one[paired] == f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
     assert other[paired] == ""
-    limits = pixel_intervals(images[1].confusions, groups=images[1].units)["miou"]
-    assert other["mIoU, 95 % interval over images"] == f"{limits.low:.3f} to {limits.high:.3f}"
+    limits = pixel_intervals(images[1].confusions, groups=images[1].groups)["miou"]
+    over = "mIoU, 95 % interval over groups (patients, cases)"
+    assert other[over] == f"{limits.low:.3f} to {limits.high:.3f}"
     mean = sum(out.scores["miou"] for out in outcomes if out.job.axes["lr"] == 1e-3) / 4
     assert one["mIoU, ours less published"] == f"{mean - 0.25:+.3f}"
     assert other["mIoU published"] == other["mIoU, ours less published"] == ""
@@ -164,7 +165,7 @@ def test_settings_are_held_against_one_of_them_image_by_image(tmp_path):
     left = [out for out in outcomes if out.job.axes["lr"] != 1e-2 or "fold1" in out.part]
     less = write_sweep(tmp_path / "less", jobs, left, told)
     assert "paired 95 %" not in less.splitlines()[2] and "Without interval" in less
-    assert "95 % interval over images" in less.splitlines()[2]
+    assert "95 % interval over groups" in less.splitlines()[2]
 
     # and only seeds that both have are compared
     def with_seeds(seeds):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +19,16 @@ from safetensors.torch import save_file
 
 from cli.main import run
 from pathsegdiff.data.manifest import open_dataset
+from pathsegdiff.diffusion.bundle import read_card
 from pathsegdiff.errors import ConfigError, RunError
 from pathsegdiff.evaluation.compare import compare, join, read_scored
 from pathsegdiff.files import file_sha256
 from pathsegdiff.pipeline.baselines.networks import ARCHITECTURES, build_network
 from pathsegdiff.pipeline.tables import curves, make, rows
 from pathsegdiff.pipeline.tables.columns import columns_of
+from pathsegdiff.pipeline.tables.finished import refuse_others, write_signature
 from pathsegdiff.pipeline.tables.make import make_runs, missing_things
+from pathsegdiff.pipeline.tables.plots import TableRow
 from pathsegdiff.pipeline.tables.published import COLUMNS, MEAN, TABLES
 from pathsegdiff.pipeline.tables.qualitative import draw_qualitative, table_of
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
@@ -201,7 +205,7 @@ def test_a_network_on_images_is_a_row_and_a_failure_costs_only_its_row(folder, t
     (tmp_path / "t/runs/null-seed0").write_text("in the way")
     said = []
     make_runs(settings, jobs=1, threads=None, log=said.append)
-    assert [line for line in said if line.startswith("failed: null-seed0, see ")]
+    assert [line for line in said if line.startswith("failed: null-seed0 (it said nothing), see ")]
     ours = {row.name: row for row in collect(settings)[1] if row.planned}
     assert len(ours["res-unet"].runs) == 1
     assert not ours["null"].runs
@@ -358,10 +362,23 @@ def test_the_qualitative_figure_shows_every_row_from_the_worst_to_the_best(
     dataset = open_dataset(folder / "data" / "discs.toml")
     for rows_, seed, message in (([], 3, "any row with seed 3"), (["null"], 0, "null")):
         with pytest.raises(RunError, match=f"has no scored run of {message}"):
-            draw_qualitative(dataset, out, tmp_path / "q", rows=rows_, split="test", seed=seed)
+            draw_qualitative(
+                dataset, out, tmp_path / "q", rows=rows_, split="test", seed=seed, made_with=""
+            )
+    # what is not typed is as the runs are; what is typed is not passed over
+    usual = command[: command.index("--model")]
+    assert run([*usual, "--count", "1"]) == 0
+    table = (tmp_path / "q" / "table.md").read_text()
+    assert "model micro, budget short, precision float32" in table
+    assert "test, the worst of PathSegDiff" in table
+    assert run([*usual, "--budget", "full"]) == 1
+    assert "was made with --budget short" in capsys.readouterr().err
     (out / "runs/tokens-seed0/eval-test/predictions/test_0.png").unlink()
     assert run(command) == 1
     assert "test_0.png is missing: score the run again" in capsys.readouterr().err
+    (out / "runs/tokens-seed0/eval-test/metrics.json").write_text('{"images": [')
+    assert run([*usual, "--rows", "tokens"]) == 1
+    assert "metrics.json is damaged (JSONDecodeError" in capsys.readouterr().err
 
 
 def test_the_qualitative_figure_finds_the_table_of_its_data(tmp_path):
@@ -553,7 +570,9 @@ def test_runs_of_other_settings_in_the_same_folder_are_refused(folder, tmp_path,
     ("options", "message"),
     [
         (["--rows", "conditioned,what"], "no row is called 'what'; there are conditioned"),
-        (["--seeds", "x"], "must be whole numbers such as 0,1,2, got 'x'"),
+        (["--folds", "x"], "must be whole numbers such as 0,1,2, got 'x'"),
+        (["--seeds", "x"], "'x' is not a number, or numbers with commas between"),
+        (["--seeds", "-1"], "seeds are from 0 to 2^63 - 1"),
         (["--limit-images", "0"], "must be numbers, or all, such as 5,20,all, got '0'"),
     ],
 )
@@ -562,6 +581,121 @@ def test_options_that_cannot_be_are_refused(options, message, capsys):
     assert message in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--budget must be one of short, full, got 'x'"):
         settings_of(Path(), Path(), budget="x")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["table4", "--rows", "null", "--folds", "9"], "fold"),
+        (["table4", "--rows", "null", "--eval-split", "nosuch"], "has no split nosuch"),
+        (["fig4", "--folds", "0,x"], "'0,x' is not a number"),
+        (["fig4", "--folds", "9"], "fold"),
+        (["fig5", "--seeds", "zero"], "'zero' is not a number"),
+        (["table5", "--lr", "1e-3,abc"], "'1e-3,abc' is not a number"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_extracted(
+    folder, tmp_path, quick, capsys, options, message
+):
+    place = ["--dataset", str(folder / "data" / "discs.toml"), "--model", str(folder / "micro")]
+    assert run(["reproduce", *options, *place, "--out", str(tmp_path / "t")]) != 0
+    assert message in capsys.readouterr().err
+    assert not quick and not (tmp_path / "t").exists()
+
+
+def test_every_finished_run_is_held_against_what_is_asked_for(folder, tmp_path, quick, monkeypatch):
+    pytest.importorskip("segmentation_models_pytorch")
+    budget = replace(
+        rows.BUDGETS["short"], ensemble=("--val", "0", "--keep", "last", "--steps", "2")
+    )
+    monkeypatch.setitem(rows.BUDGETS, "short", budget)
+    out = tmp_path / "t"
+    card = read_card(folder / "micro")
+    settings = settings_of(
+        folder,
+        out,
+        rows=("conditioned", "res-unet", "ddpm-seg"),
+        model_sha256=card.sha256,
+        dataset_sha256=open_dataset(folder / "data" / "discs.toml").sha256,
+    )
+    refuse_others(settings)
+    assert make_runs(settings, jobs=1, threads=None, log=lambda line: None) == []
+    refuse_others(settings)
+
+    @contextmanager
+    def changed(run_of, *keys, value):
+        file = out / "runs" / run_of / "config.json"
+        text = file.read_text()
+        config = json.loads(text)
+        part = config
+        for key in keys[:-1]:
+            part = part[key]
+        assert part[keys[-1]] != value
+        part[keys[-1]] = value
+        file.write_text(json.dumps(config))
+        yield
+        file.write_text(text)
+
+    other = "0" * 64
+    for run_of, keys, value, message in (
+        ("res-unet-seed0", ("settings", "steps"), 5, "made with --steps 5, this asks for 2"),
+        ("res-unet-seed0", ("settings", "size_px"), 96, "made with --size 96, this asks for 64"),
+        ("res-unet-seed0", ("settings", "limit"), 2, "made with --limit-images 2, this asks for N"),
+        ("res-unet-seed0", ("settings", "precision"), "bfloat16", "trained in bfloat16"),
+        ("res-unet-seed0", ("dataset_sha256",), other, "other regions or classes of discs"),
+        ("conditioned-seed0", ("settings", "keep"), "best", "made with --keep best"),
+        ("conditioned-seed0", ("model", "sha256"), other, "another model of this name"),
+        (
+            "conditioned-seed0",
+            ("features", "recipe", "timestep"),
+            400,
+            "made with features of t = 400, this asks for 50",
+        ),
+        ("ddpm-seg-seed0", ("network", "model_sha256"), other, "another model of this name"),
+        ("ddpm-seg-seed0", ("network", "timesteps"), [50], "made with features of t = 50, this"),
+    ):
+        with changed(run_of, *keys, value=value), pytest.raises(RunError, match=message):
+            refuse_others(settings)
+    # Also where the folder's own file is gone or says nothing.
+    (out / "settings.json").write_text("{}")
+    with pytest.raises(RunError, match="settings.json is damaged"):
+        refuse_others(settings)
+    (out / "settings.json").unlink()
+    refuse_others(settings)
+    with pytest.raises(RunError, match="this asks for"):
+        refuse_others(replace(settings, budget="full"))
+    free = replace(settings, precision="auto")
+    refuse_others(free)
+    precision = changed("res-unet-seed0", "settings", "precision", value="bfloat16")
+    with precision, pytest.raises(RunError, match="trained in different precisions: .* in bfloat"):
+        refuse_others(free)
+    # A folder in which nothing was made binds nobody.
+    empty = replace(settings, out=tmp_path / "empty")
+    empty.out.mkdir()
+    write_signature(replace(empty, timestep=999))
+    refuse_others(empty)
+
+
+def test_rows_without_all_runs_are_compared_where_both_have_them():
+    def row(values):
+        runs = tuple(
+            {"seed": seed, "fold": fold, "miou": value, "path": f"{seed}-{fold}"}
+            for (seed, fold), value in values.items()
+        )
+        return TableRow(
+            name="n", title="n", limit=None, runs=runs, planned=4, folds=2, published=None
+        )
+
+    ours = row({(0, 0): 0.7, (0, 1): 0.5, (1, 0): 0.7, (1, 1): 0.5})
+    # Its first seed lacks a fold: the second counts, by itself.
+    partial = row({(0, 0): 0.68, (1, 0): 0.68, (1, 1): 0.51})
+    assert list(partial.files()) == [1] and list(ours.files()) == [0, 1]
+    assert partial.mean("miou") == pytest.approx(0.6233, abs=1e-4)
+    assert partial.means_beside(ours, "miou") == (
+        pytest.approx(0.6233, abs=1e-4),
+        pytest.approx(0.6333, abs=1e-4),
+    )
+    assert row({}).means_beside(ours, "miou") is None
 
 
 def test_an_interrupt_ends_every_command_with_a_checkpoint(folder, tmp_path):

@@ -14,7 +14,14 @@ import numpy as np
 
 from pathsegdiff.errors import RunError
 from pathsegdiff.evaluation.confusion import class_statistics, pooled_statistics
-from pathsegdiff.evaluation.intervals import Interval, Statistics, paired_difference
+from pathsegdiff.evaluation.intervals import (
+    GROUPS,
+    IMAGES,
+    Interval,
+    Statistics,
+    draws_groups,
+    paired_difference,
+)
 
 METRICS_FILE = "metrics.json"
 #: What is compared, as people call it.
@@ -33,7 +40,9 @@ class Scored:
         part: What was scored.
         names: Of the K classes.
         sample_ids: N images.
-        units: What a bootstrap draws, one name per image.
+        units: What a bootstrap draws, one name per image: itself, the source of a window, the
+            group of an image of a held-out fold.
+        unit: What they are, for people.
         confusions: (N, K, K) counts.
         miou: (N,) of each image; NaN where it has none.
     """
@@ -43,8 +52,19 @@ class Scored:
     names: tuple[str, ...]
     sample_ids: tuple[str, ...]
     units: tuple[str, ...]
+    unit: str
     confusions: np.ndarray
     miou: np.ndarray
+
+    @property
+    def groups(self) -> tuple[str, ...] | None:
+        """``units`` for a bootstrap; None, for every image by itself, where there is only one."""
+        return self.units if len(set(self.units)) > 1 else None
+
+    @property
+    def drawn(self) -> str:
+        """What such a bootstrap draws, for people."""
+        return IMAGES if self.groups is None else self.unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +105,20 @@ def read_scored(path: Path, part: str | None = None) -> Scored:
         confusions = np.array([image["confusion"] for image in images], np.int64)
         if not images or confusions.shape != (len(images), len(names), len(names)):
             raise ValueError(f"confusion matrices of shape {confusions.shape}")
+        part = str(found["provenance"]["split"])
+        unit = str(found["provenance"].get("interval_unit", IMAGES))
+        if draws_groups(part):
+            unit = GROUPS
+            units = [image.get("group", image["sample_id"]) for image in images]
+        else:
+            units = [image.get("unit", image["sample_id"]) for image in images]
         return Scored(
             path=file,
-            part=str(found["provenance"]["split"]),
+            part=part,
             names=names,
             sample_ids=tuple(str(image["sample_id"]) for image in images),
-            units=tuple(str(image.get("unit", image["sample_id"])) for image in images),
+            units=tuple(map(str, units)),
+            unit=unit,
             confusions=confusions,
             miou=np.array([image["miou"] for image in images], np.float64),
         )
@@ -121,6 +149,7 @@ def join(scored: Sequence[Scored]) -> Scored:
         names=first.names,
         sample_ids=sample_ids,
         units=tuple(unit for one in scored for unit in one.units),
+        unit=first.unit,
         confusions=np.concatenate([one.confusions for one in scored]),
         miou=np.concatenate([one.miou for one in scored]),
     )
@@ -190,7 +219,7 @@ def compare(
         one, other = (statistics(sums.sum(axis=0)) for sums in (first.confusions, theirs))
         return {name: (float(one[name]), float(other[name])) for name in one}
 
-    settings: dict[str, Any] = {"groups": first.units, "draws": draws, "seed": seed}
+    settings: dict[str, Any] = {"groups": first.groups, "draws": draws, "seed": seed}
     by_image = first.miou - second.miou[order]
     ranked = sorted(
         (pair for pair in zip(first.sample_ids, by_image.tolist(), strict=True)

@@ -8,6 +8,7 @@ from one patient, name the groups: whole groups are drawn then, and the interval
 Shapes: N = images, D = draws; S = whatever is summed per image, (K, K) for confusion matrices.
 """
 
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -16,10 +17,19 @@ import numpy as np
 from pathsegdiff.evaluation.confusion import class_statistics, json_safe, pooled_statistics
 from pathsegdiff.evaluation.objects import object_statistics
 
+#: What is drawn, as people call it.
+IMAGES, GROUPS = "images", "groups (patients, cases)"
+_FOLD = re.compile(r"fold\d+")
+
 Statistics = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 # Draws whose sums are held at once: 256 x 36 counts are small, 20,000 x 484 would not be.
 _DRAWS_AT_ONCE = 256
+
+
+def draws_groups(part: str) -> bool:
+    """Whether whole groups are drawn of a part: of a held-out fold, which speaks of new groups."""
+    return _FOLD.fullmatch(part) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,8 +48,7 @@ def differences(found: Comparison) -> list[Difference]:
 
 def scope(first: Scored) -> str:
     """What was scored, and what the bootstrap draws."""
-    drawn = "images" if first.units == first.sample_ids else "their sources"
-    return f"{first.part}, {len(first.sample_ids)} images, 95 % intervals over {drawn}"
+    return f"{first.part}, {len(first.sample_ids)} images, 95 % intervals over {first.drawn}"
 
 
 def extremes(found: Comparison) -> list[str]:

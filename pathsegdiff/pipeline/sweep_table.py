@@ -157,7 +157,7 @@ def cells(rows: Sequence[TableRow], parts: Sequence[str], about: About) -> list[
         header.append(f"mIoU less that of {_name(reference, axes)} (paired 95 % interval)")
     header.append("mIoU, lowest to highest run")
     if known:
-        header.append("mIoU, 95 % interval over images")
+        header.append(f"mIoU, 95 % interval over {drawn(rows)}")
     lines = [[*header, "minutes of training", "runs"]]
     for row in rows:
         printed: Mapping[str, float] = {}
@@ -180,6 +180,11 @@ def cells(rows: Sequence[TableRow], parts: Sequence[str], about: About) -> list[
         missing = "" if runs == row.planned else f" of {row.planned}, incomplete"
         lines.append([*line, f"{runs}{missing}"])
     return lines
+
+
+def drawn(rows: Sequence[TableRow]) -> str:
+    """What the bootstrap draws, of the first row that has images."""
+    return next(row.scored(row.by_seed).drawn for row in rows if row.by_seed)
 
 
 def _reference(rows: Sequence[TableRow], about: About) -> TableRow | None:
@@ -217,7 +222,7 @@ def _between(row: TableRow) -> str:
     if not row.by_seed:
         return ""
     scored = row.scored(row.by_seed)
-    return limits(pixel_intervals(scored.confusions, groups=scored.units)["miou"])
+    return limits(pixel_intervals(scored.confusions, groups=scored.groups)["miou"])
 
 
 def _notes(rows: Sequence[TableRow], outcomes: Sequence[Outcome], about: About) -> list[str]:
@@ -225,9 +230,9 @@ def _notes(rows: Sequence[TableRow], outcomes: Sequence[Outcome], about: About) 
     if any(row.by_seed for row in rows):
         notes.append(
             "Figures are means over the runs of a setting; intervals and paired differences are a "
-            "bootstrap over the images of all folds, whose pixels are counted over all seeds (of a "
-            "difference: over those that both have): of the chance in the seeds, the lowest and "
-            "the highest run say more."
+            f"bootstrap over the {drawn(rows)} of all folds, the pixels of all seeds counted "
+            "together (of a difference: of those that both have): of the chance in the seeds, the "
+            "lowest and the highest run say more."
         )
     elif any(one.part == "validation" for one in outcomes):
         notes.append(

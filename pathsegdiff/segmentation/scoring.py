@@ -17,7 +17,14 @@ import torch
 from torch.nn import functional as F
 
 from pathsegdiff.evaluation.confusion import PixelScores, confusion_matrix, image_means, scores
-from pathsegdiff.evaluation.intervals import Interval, object_intervals, pixel_intervals
+from pathsegdiff.evaluation.intervals import (
+    GROUPS,
+    IMAGES,
+    Interval,
+    draws_groups,
+    object_intervals,
+    pixel_intervals,
+)
 from pathsegdiff.evaluation.objects import (
     ImageObjects,
     SplitObjects,
@@ -67,7 +74,8 @@ class Evaluation:
         samples: How many were scored.
         scores: Pooled pixel metrics.
         intervals: Of them.
-        interval_unit: What the bootstrap draws: "images", or "source images" of windows.
+        interval_unit: What the bootstrap draws: "images", "source images" of windows, or, of a
+            held-out fold, groups.
         objects: Contest metrics, or None where the data set counts no objects.
         min_area_px: Smallest predicted object that was kept.
         notes: What a reader has to know.
@@ -209,7 +217,7 @@ def score_samples(
     if pooled.absent:
         names = ", ".join(scheme.names[k] for k in pooled.absent)
         notes.append(f"left out of the means, as neither labelled nor predicted: {names}")
-    groups, unit = _interval_groups(card, samples)
+    groups, unit = _interval_groups(card, samples, part)
     intervals = pixel_intervals(stacked, groups=groups)
     split_objects = pool_objects(objects) if objects else None
     limits = object_intervals(object_sums(objects), groups=groups) if objects else {}
@@ -373,11 +381,14 @@ def _choose_min_area(
 
 
 def _interval_groups(
-    card: DatasetCard, samples: Sequence[StoredSample]
+    card: DatasetCard, samples: Sequence[StoredSample], part: str
 ) -> tuple[list[str] | None, str]:
-    """What the bootstrap draws: images, or the source images that windows are cut from."""
+    """What the bootstrap draws: images, the source images of windows, a held-out fold's groups."""
+    held_out = [sample.group for sample in samples] if draws_groups(part) else []
+    if len(set(held_out)) > 1:
+        return held_out, GROUPS
     if card.rule.kind != "window":
-        return None, "images"
+        return None, IMAGES
     sources = source_ids(samples, card)
     return (sources, "source images") if len(set(sources)) > 1 else (None, "windows")
 

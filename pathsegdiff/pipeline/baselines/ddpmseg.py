@@ -298,6 +298,7 @@ class DDPMSeg:
                 "name": NAME,
                 "title": f"{TITLE} of {self.model['name']} at t = "
                 f"{', '.join(map(str, self.timesteps))}",
+                "model_sha256": self.model["sha256"],
                 "timesteps": list(self.timesteps),
                 "taps": list(TAPS),
                 "members": MEMBERS,

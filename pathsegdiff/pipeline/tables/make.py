@@ -1,6 +1,5 @@
 """Make a table: what is missing, the stores, the runs, and what came of them."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,17 @@ from pathsegdiff.diffusion.bundle import (
     read_card,
     resolve_bundle,
 )
-from pathsegdiff.errors import MALFORMED, BundleError, DataError, RunError
+from pathsegdiff.errors import BundleError, DataError, RunError
 from pathsegdiff.interrupt import Interrupt, deferred_interrupt
-from pathsegdiff.pipeline.baselines.runs import weights_sha256
+from pathsegdiff.pipeline.baselines.images import Images
+from pathsegdiff.pipeline.tables.finished import (
+    is_finished,
+    known_signature,
+    refuse_others,
+    write_signature,
+)
 from pathsegdiff.pipeline.tables.rows import ROWS, Job, TableSettings, check_rows
-from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE, write_json
+from pathsegdiff.segmentation.splits import divide
 
 Log = Callable[[str], None]
 _PAPERS_WEIGHTS = (
@@ -38,8 +43,8 @@ _PAPERS_WEIGHTS = (
 #: A command that was told to end has so many seconds for its last checkpoint.
 _LAST_WORDS = 120
 _LOOK_EVERY = 0.2
-#: In the table's folder: the settings of its runs.
-SIGNATURE_FILE = "settings.json"
+#: Of a log, looked at for its last line, of which so much is shown.
+_TAIL_BYTES, _SAID = 4096, 300
 _BASELINES = "segmentation_models_pytorch"
 #: Presets by their channels.
 _PRESETS = {1296: "tiny", 7296: "paper"}
@@ -178,9 +183,14 @@ def plan_table(
             )
             if null is None:
                 raise
+    try:
+        regions = open_dataset(dataset, data_root=data_root).sha256
+    except DataError:  # a table of finished runs needs no images
+        regions = None
     settings = TableSettings(
         table=table,
         dataset=dataset,
+        dataset_sha256=regions,
         dataset_name=manifest.name,
         data_root=data_root,
         train_split=manifest.default_train,
@@ -196,8 +206,45 @@ def plan_table(
         rows=rows,
         **others,
     )
-    _refuse_another(settings)
+    refuse_others(settings)
     return settings
+
+
+def refuse_impossible(
+    dataset: str,
+    data_root: Path | None,
+    *,
+    train_split: str,
+    eval_split: str | None,
+    folds: Sequence[int] = (),
+    limits: Sequence[int | None] = (None,),
+) -> None:
+    """Ask for every part before anything is extracted.
+
+    Args:
+        eval_split: Scored where no fold is; None for none.
+        limits: Training images.
+
+    Raises:
+        DataError: If a split is unknown or its files are not there.
+        RunError: If a fold is not there, or a part would be empty.
+    """
+    scored = [] if folds or eval_split is None else [eval_split]
+    splits = tuple(dict.fromkeys((train_split, *scored)))
+    opened = open_dataset(dataset, data_root=data_root, splits=splits)
+    images = Images(opened, opened.rule.region_px)
+    for fold in folds or (None,):
+        for limit in limits:
+            divide(
+                images.samples,
+                images.card,
+                f"data set {opened.name}",
+                split=train_split,
+                val="0",
+                fold=fold,
+                seed=0,
+                limit=limit,
+            )
 
 
 def make_runs(settings: TableSettings, *, jobs: int, threads: int | None, log: Log) -> list[str]:
@@ -217,7 +264,7 @@ def make_runs(settings: TableSettings, *, jobs: int, threads: int | None, log: L
     """
     logs = settings.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    write_json(settings.folder / SIGNATURE_FILE, _signature(settings))
+    write_signature(settings)
     todo = [job for job in settings.jobs() if not is_finished(settings, job)]
     running = _Running()
     with deferred_interrupt() as interrupt, ThreadPoolExecutor(jobs) as pool:
@@ -233,115 +280,10 @@ def make_runs(settings: TableSettings, *, jobs: int, threads: int | None, log: L
     return [job.name for job in todo if not is_finished(settings, job)]
 
 
-def is_finished(settings: TableSettings, job: Job) -> bool:
-    """Whether a run was trained to its end and scored."""
-    result = settings.run(job) / RESULT_FILE
-    return result.exists() and settings.metrics(job).exists()
-
-
-def _signature(settings: TableSettings) -> dict[str, Any]:
-    """Of all rows that the folder has seen: networks on images have no model."""
-    known = known_signature(settings.folder) or {}
-    found = settings.signature()
-    if known and found["--model"] == "none":
-        found["--model"] = known["--model"]
-    return {**known, **found}
-
-
 def _reads_model(row: str, unconditional: str | None) -> bool:
     """Whether a row needs the table's own model."""
     store = ROWS[row].store
     return store is not None and (store != "none" or unconditional is None)
-
-
-def known_signature(out: Path) -> dict[str, Any] | None:
-    """What every run in a table's folder has in common; None where there is none yet.
-
-    Raises:
-        RunError: If the file that says so is damaged.
-    """
-    file = out / SIGNATURE_FILE
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file} is damaged ({error}); choose another --out") from None
-    if not isinstance(found, dict):
-        raise RunError(f"{file} is damaged; choose another --out")
-    return found
-
-
-def _refuse_another(settings: TableSettings) -> None:
-    """Finished runs are taken as they are, so they must be of these settings."""
-    known = known_signature(settings.folder)
-    if known is None:
-        return
-    for option, ours in settings.signature().items():
-        theirs = known.get(option)
-        unknown = option == "--model" and "none" in (ours, theirs)
-        if option == "--unconditional" and option not in known:
-            unknown = not any((settings.folder / "runs").glob("null-*"))
-        if ours != theirs and not unknown:
-            raise RunError(
-                f"{settings.folder} was made with {option} {theirs}, this asks for {ours}; give "
-                "the same, or choose another folder (--out, or --runs where there is such an "
-                "option)"
-            )
-    digest = cache(weights_sha256)  # a file of half a gigabyte is read once
-    for job in settings.jobs():
-        config = _config_of(settings, job)
-        if config is None:
-            continue
-        _refuse_another_model(settings, job, config)
-        file = settings.weights_of(job.row)
-        _refuse_other_weights(settings, job, config, None if file is None else digest(file))
-
-
-def _config_of(settings: TableSettings, job: Job) -> dict[str, Any] | None:
-    """Of a finished run; None where it cannot be read: the table will say that it is damaged."""
-    if not is_finished(settings, job):
-        return None
-    try:
-        found = json.loads((settings.run(job) / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, *MALFORMED):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _refuse_other_weights(
-    settings: TableSettings, job: Job, config: dict[str, Any], ours: str | None
-) -> None:
-    """A network that began with other weights is another row."""
-    chosen = config.get("settings")
-    if ROWS[job.row].encoder is None or not isinstance(chosen, dict):
-        return
-    theirs = chosen.get("encoder_weights")
-    if theirs != ours:
-        began, asked = (f"sha256 {x:.12}" if x else "none" for x in (theirs, ours))
-        raise RunError(
-            f"{settings.run(job)} began with other encoder weights ({began}) than this asks for "
-            f"({asked}); choose another --out, or give the same --encoder-weights"
-        )
-
-
-def _refuse_another_model(settings: TableSettings, job: Job, config: dict[str, Any]) -> None:
-    """A name is not enough: another model may bear it."""
-    kind = ROWS[job.row].store
-    ours = settings.model_sha256
-    if kind == "none" and settings.unconditional is not None:
-        ours = settings.unconditional_sha256
-    if kind not in ("encoder", "none") or ours is None:
-        return
-    try:
-        theirs = config["model"]["sha256"]
-    except MALFORMED:
-        return  # the table will say that it is damaged
-    if theirs != ours:
-        raise RunError(
-            f"{settings.run(job)} was made with another model of this name: sha256 {theirs!s:.12}, "
-            f"this asks for {ours:.12}; choose another --out"
-        )
 
 
 def _wait(futures: Sequence[Future[None]], interrupt: Interrupt) -> None:
@@ -360,7 +302,8 @@ def _fill_stores(settings: TableSettings, running: _Running, logs: Path, log: Lo
     for command in settings.extractions():
         log(_line(command))
         if running.start(command, logs / "extract.txt", None):
-            raise RunError(f"a store is not whole, see {logs / 'extract.txt'}; run this again")
+            file = logs / "extract.txt"
+            raise RunError(f"a store is not whole ({_last_line(file)}); see {file}")
 
 
 def _make_random(settings: TableSettings) -> None:
@@ -394,8 +337,18 @@ def _one(
         log(_line(command))
         if running.start(command, file, threads):
             if not running.stopped:
-                log(f"failed: {job.name}, see {file}")
+                log(f"failed: {job.name} ({_last_line(file)}), see {file}")
             return
+
+
+def _last_line(log: Path) -> str:
+    """What a command said at its end, usually its error."""
+    lines = []
+    if log.is_file():
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    return lines[-1].strip()[:_SAID] if lines else "it said nothing"
 
 
 def _line(command: list[str]) -> str:

@@ -18,6 +18,7 @@ class TableRow:
         limit: Training images; None for all.
         runs: Of the finished runs: figures by column, and what ``psd eval`` wrote.
         planned: Runs.
+        folds: How many of them have one seed.
         published: The paper's line, or None.
     """
 
@@ -26,6 +27,7 @@ class TableRow:
     limit: int | None
     runs: tuple[dict[str, Any], ...]
     planned: int
+    folds: int = 1
     published: PublishedRow | None
 
     def mean(self, column: str) -> float | None:
@@ -44,12 +46,22 @@ class TableRow:
         return int(self.runs[0]["training_images"])
 
     def files(self) -> dict[int, list[Path]]:
-        """Seed -> metrics.json of its runs, one for each fold; seeds with as many as the first."""
+        """Seed -> metrics.json of its runs, one for each fold; seeds of which all are there."""
         found: dict[int, list[Path]] = {}
         for run in self.runs:
             found.setdefault(run["seed"], []).append(Path(run["path"]))
-        most = len(next(iter(found.values()), []))
-        return {seed: files for seed, files in found.items() if len(files) == most}
+        return {seed: files for seed, files in found.items() if len(files) == self.folds}
+
+    def means_beside(self, other: "TableRow", column: str) -> tuple[float, float] | None:
+        """Our mean and the other's, over the seeds and folds that both have; None without one."""
+        ours, theirs = (
+            {(run["seed"], run["fold"]): run[column] for run in row.runs} for row in (self, other)
+        )
+        pairs = [(ours[key], theirs[key]) for key in ours if key in theirs]
+        if not pairs or any(None in pair for pair in pairs):
+            return None
+        first, second = (statistics.mean(values) for values in zip(*pairs, strict=True))
+        return first, second
 
     def difference(self, column: str) -> float | None:
         """Ours less the published one."""

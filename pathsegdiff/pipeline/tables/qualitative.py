@@ -9,11 +9,11 @@ import numpy as np
 
 from pathsegdiff.data.image import read_label_image
 from pathsegdiff.data.manifest import Dataset
-from pathsegdiff.errors import RunError
+from pathsegdiff.errors import MALFORMED, RunError
 from pathsegdiff.evaluation.overlays import background_class, comparison
 from pathsegdiff.evaluation.pictures import save_picture
 from pathsegdiff.pipeline.page import number, write_table
-from pathsegdiff.pipeline.tables.make import known_signature
+from pathsegdiff.pipeline.tables.finished import known_signature
 from pathsegdiff.pipeline.tables.rows import ROWS, Job
 from pathsegdiff.segmentation.scoring import METRICS_FILE, PREDICTIONS_FOLDER
 
@@ -57,6 +57,7 @@ def draw_qualitative(
     seed: int = 0,
     images: Sequence[str] = (),
     count: int = 4,
+    made_with: str,
 ) -> tuple[Path, list[str]]:
     """Draw a line of tiles for each image: image, truth, and the prediction of every row.
 
@@ -71,6 +72,7 @@ def draw_qualitative(
         seed: Of the runs.
         images: Sample ids; empty for ``count`` from the worst to the best of the first row.
         count: Images, from 1.
+        made_with: What the runs have in common, for readers.
 
     Returns:
         The picture, and the sample ids in it.
@@ -125,9 +127,11 @@ def draw_qualitative(
         ["image", *(f"Dice, {_title(name)}" for name in rows)],
         *([sample_id, *(number(dice[name][sample_id]) for name in rows)] for sample_id in chosen),
     ]
-    chosen_how = "as asked for" if images else f"from the worst to the best of {_title(rows[0])}"
+    ranked = "the worst" if len(chosen) == 1 else "from the worst to the best"
+    chosen_how = "as asked for" if images else f"{ranked} of {_title(rows[0])}"
     notes = [
-        f"Images of {split} of {dataset.name}, {chosen_how}; runs with seed {seed}, of {runs}.",
+        f"Images of {split} of {dataset.name}, {chosen_how}; runs with seed {seed}, of {runs}: "
+        f"{made_with}.",
         f"The picture holds pixels of {dataset.name}: its licence is theirs "
         f"({dataset.manifest.licence}).",
     ]
@@ -156,12 +160,16 @@ def _title(name: str) -> str:
 
 def _dice(file: Path) -> dict[str, float]:
     """By sample id; images without one (no pixel counts) are left out."""
-    metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return {
-        image["sample_id"]: image["dice"]
-        for image in metrics["images"]
-        if image["dice"] is not None
-    }
+    try:
+        metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            str(image["sample_id"]): float(image["dice"])
+            for image in metrics["images"]
+            if image["dice"] is not None
+        }
+    except MALFORMED as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"{file} is damaged ({reason:.200}); score the run again") from None
 
 
 def _spread(dice: dict[str, float], count: int) -> list[str]:

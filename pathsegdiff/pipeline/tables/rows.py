@@ -153,6 +153,7 @@ class TableSettings:
         work: Folder of stores and runs; None for ``out``.
         dataset: Name, or path of a manifest.
         dataset_name: As the manifest says.
+        dataset_sha256: ``Dataset.sha256``, None where its images are not there.
         data_root: Folder with its images, or None.
         train_split, eval_split: Trained on, and scored where no fold is.
         model: Name or folder of a bundle.
@@ -180,6 +181,7 @@ class TableSettings:
     work: Path | None = None
     dataset: str
     dataset_name: str
+    dataset_sha256: str | None = None
     data_root: Path | None = None
     train_split: str
     eval_split: str

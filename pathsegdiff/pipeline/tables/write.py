@@ -18,11 +18,11 @@ from pathsegdiff.evaluation.compare import (
     read_scored,
     sum_runs,
 )
-from pathsegdiff.evaluation.intervals import bootstrap, pixel_statistics
+from pathsegdiff.evaluation.intervals import GROUPS, IMAGES, bootstrap, pixel_statistics
 from pathsegdiff.files import replace_file
 from pathsegdiff.pipeline.page import difference, limits, number, spread, write_table
 from pathsegdiff.pipeline.tables.columns import Columns, columns_of
-from pathsegdiff.pipeline.tables.make import is_finished
+from pathsegdiff.pipeline.tables.finished import is_finished
 from pathsegdiff.pipeline.tables.plots import TableRow, draw_few_labels, draw_rows
 from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES
 from pathsegdiff.pipeline.tables.rows import BUDGETS, Job, TableSettings
@@ -83,6 +83,7 @@ def collect(settings: TableSettings) -> tuple[Columns, list[TableRow]]:
                     limit=limit,
                     runs=runs,
                     planned=len(jobs),
+                    folds=max(1, len(settings.folds)),
                     published=printed,
                 )
             )
@@ -131,9 +132,9 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
         *_origin(settings, rows),
         "Published figures: Danisetty et al. 2025, 'PathSegDiff', "
         f"{table.title.split(':', 1)[0]}; ours are pooled over the scored images, unweighted mean "
-        "over classes; intervals are a bootstrap over the images, whose pixels are counted over "
-        "all seeds: of the chance in the seeds, the lowest and the highest run say more. Rows "
-        "without runs are as printed there.",
+        f"over classes; intervals are a bootstrap over the {_drawn(settings)}, "
+        "the pixels of all seeds counted together: of the chance in the seeds, the lowest and the "
+        "highest run say more. Rows without runs are as printed there.",
     ]
     if settings.model_name not in ("none", _PAPERS_MODEL):
         notes.append(
@@ -169,14 +170,14 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
     if incomplete:
         notes.append(f"Incomplete (runs are missing): {', '.join(incomplete)}.")
     ours = _reference(rows)
-    reference = None if ours is None else ours.mean(columns.plotted)
-    if reference is not None:
+    if ours is not None:
         better = [
             row.title
             for row in rows
             if row.limit is None
-            and (row.mean(columns.plotted) or 0) > reference
             and row is not ours
+            and (means := row.means_beside(ours, columns.plotted)) is not None
+            and means[0] > means[1]
         ]
         if better:
             by = columns.titles[columns.plotted]
@@ -243,6 +244,7 @@ def _read_run(settings: TableSettings, job: Job) -> dict[str, Any]:
             "device": str(result["device"]),
             "path": str(file),
             "seed": job.seed,
+            "fold": job.fold,
         }
     except MALFORMED as error:
         reason = f"{type(error).__name__}: {error}"
@@ -299,7 +301,7 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
             *([] if other else [f"{plotted}, ours less paper"]),
             f"{plotted} less PathSegDiff's here (paired 95 % interval)",
             f"{plotted}, lowest to highest run",
-            f"{plotted}, 95 % interval over images",
+            f"{plotted}, 95 % interval over {_drawn(settings)}",
             "minutes of training",
             "runs",
         ]
@@ -330,10 +332,17 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
     return lines
 
 
+def _drawn(settings: TableSettings) -> str:
+    """What the bootstrap draws: held-out folds speak of new groups."""
+    return GROUPS if settings.folds else IMAGES
+
+
 def _scored(row: TableRow, seeds: Collection[int] | None = None) -> Scored:
     """The images of a row: its folds side by side, its seeds (or some of them) together."""
     files = row.files()
     chosen = [files[seed] for seed in files if seeds is None or seed in seeds]
+    if not chosen:
+        raise RunError("no seed has all its folds")
     return sum_runs([join([read_scored(path) for path in paths]) for paths in chosen])
 
 
@@ -371,11 +380,11 @@ def _spread(row: TableRow, columns: Columns) -> list[str]:
     runs = spread(values)
     try:
         joined = _scored(row)
-    except RunError:  # scored by an older version
+    except RunError:  # scored by an older version, or no seed is whole
         return [runs, ""]
     classes = tuple(columns.classes.values())
     wanted = mean_over(joined.names, classes) if classes else pixel_statistics
-    found = bootstrap(joined.confusions, wanted, groups=joined.units)
+    found = bootstrap(joined.confusions, wanted, groups=joined.groups)
     return [runs, limits(found[CLASSES if classes else columns.plotted])]
 
 
