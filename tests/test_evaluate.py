@@ -16,7 +16,8 @@ from pathsegdiff.segmentation.evaluate import evaluate_run
 from pathsegdiff.segmentation.runs import load_run
 from pathsegdiff.segmentation.scoring import (
     Prediction,
-    _choose_min_area,
+    _choose_objects,
+    _ObjectRule,
     _score_objects,
     object_mask,
 )
@@ -183,7 +184,7 @@ def test_contours_part_objects_that_touch(store):
         def instances(self, sample):
             return instances
 
-    def scored(contours):
+    def scored(contours, contour_from=0.5):
         found = Prediction(
             sample=sample,
             target=(instances > 0).astype(np.uint8),
@@ -191,13 +192,32 @@ def test_contours_part_objects_that_touch(store):
             probabilities=probabilities,
             contours=contours,
         )
-        return _score_objects(Touching(), store.card, found, 0)
+        return _score_objects(
+            Touching(), store.card, found, _ObjectRule(min_area_px=0, contour_from=contour_from)
+        )
 
     merged, parted = scored(None), scored(edges)
     assert (merged.tp, merged.fp, merged.fn) == (1, 0, 1)
     # Grown back by the disk: a rim of three pixels more, and the cut is closed.
     assert (parted.tp, parted.fp, parted.fn) == (2, 0, 0)
     assert parted.dice > merged.dice
+    # Contours that are seen everywhere, as a weighted loss has it, part as well from higher up.
+    everywhere = edges.clamp(min=0.6)
+    assert (scored(everywhere).tp, scored(everywhere).fn) == (0, 2)
+    assert scored(everywhere, 0.7).dice == parted.dice
+
+    class Eager(Touching):
+        def predictions(self, samples):
+            yield Prediction(
+                sample=samples[0],
+                target=(instances > 0).astype(np.uint8),
+                labels=(instances > 0).astype(np.uint8),
+                probabilities=probabilities,
+                contours=everywhere,
+            )
+
+    rule = _choose_objects(Eager(), store.card, [sample], "test", 0, None)
+    assert rule == _ObjectRule(min_area_px=0, contour_from=0.7)
 
 
 def test_dont_care_is_neither_predicted_nor_scored(tissue):
@@ -219,11 +239,11 @@ def test_without_validation_the_smallest_object_is_chosen_on_training_images(
     run = load_run(tmp_path / "run")
     asked, seen = [], []
 
-    def choose(pairs, **settings):
-        asked.append([target for _, target in pairs])
-        return 71
+    def choose(images, **settings):
+        asked.append([target for _, target in images])
+        return 0, 71
 
-    monkeypatch.setattr(scoring, "choose_min_area", choose)
+    monkeypatch.setattr(scoring, "choose_objects", choose)
     monkeypatch.setattr(scoring, "_TRAINING_LOOKED_AT", 4)
     found = evaluate_run(run, store, progress=lambda *progress: seen.append(progress))
     assert found.min_area_px == 71
@@ -344,6 +364,7 @@ def test_the_smallest_object_is_chosen_without_keeping_the_validation_images(sto
             return found
 
     watched = Watched()
-    assert _choose_min_area(watched, store.card, store.samples(), "test", 0, None) == 0
+    chosen = _choose_objects(watched, store.card, store.samples(), "test", 0, None)
+    assert (chosen.min_area_px, chosen.contour_from) == (0, None)
     assert len(watched.given) == 9
     assert watched.most <= 2

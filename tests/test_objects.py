@@ -17,6 +17,7 @@ from scipy.spatial.distance import cdist, directed_hausdorff
 from pathsegdiff.evaluation.objects import (
     MIN_AREA_CANDIDATES,
     choose_min_area,
+    choose_objects,
     grow_objects,
     hausdorff_distance,
     image_object_scores,
@@ -300,6 +301,21 @@ def test_the_minimum_area_is_zero_where_nothing_is_gained_or_known():
     assert choose_min_area([]) == min(MIN_AREA_CANDIDATES) == 0
     with pytest.raises(ValueError, match="candidate"):
         choose_min_area([(target > 0, target)], candidates=())
+
+
+def test_of_several_ways_to_a_mask_the_best_is_chosen_with_its_area():
+    target = np.zeros((60, 60), np.int32)
+    target[5:25, 5:25], target[5:25, 26:46] = 1, 2
+    parted = target > 0
+    touching = parted.copy()
+    touching[5:25, 25] = True  # one object of two
+    specks = parted.copy()
+    specks[50:57, 5:15] = True  # as good, once 70 pixels are dropped
+    images = [((touching, specks, parted), target)]
+    assert choose_objects(images) == (1, 100)
+    assert choose_objects(images, candidates=(0,)) == (2, 0)
+    assert choose_objects([((parted, parted), target)]) == (0, 0)
+    assert choose_objects([]) == (0, 0)
 
 
 @pytest.mark.parametrize("grown", [False, True])

@@ -370,7 +370,7 @@ def test_the_qualitative_figure_shows_every_row_from_the_worst_to_the_best(
     assert run([*usual, "--count", "1"]) == 0
     table = (tmp_path / "q" / "table.md").read_text()
     assert "model micro, budget short, precision float32" in table
-    assert "test, the worst of PathSegDiff" in table
+    assert "Images of test of discs, the worst of PathSegDiff" in table
     assert run([*usual, "--budget", "full"]) == 1
     assert "was made with --budget short" in capsys.readouterr().err
     (out / "runs/tokens-seed0/eval-test/predictions/test_0.png").unlink()
@@ -587,7 +587,7 @@ def test_options_that_cannot_be_are_refused(options, message, capsys):
     ("options", "message"),
     [
         (["table4", "--rows", "null", "--folds", "9"], "fold"),
-        (["table4", "--rows", "null", "--eval-split", "nosuch"], "has no split nosuch"),
+        (["table4", "--rows", "null", "--eval-split", "nosuch"], "has no split 'nosuch'"),
         (["fig4", "--folds", "0,x"], "'0,x' is not a number"),
         (["fig4", "--folds", "9"], "fold"),
         (["fig5", "--seeds", "zero"], "'zero' is not a number"),

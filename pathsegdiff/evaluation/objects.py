@@ -466,26 +466,61 @@ def choose_min_area(
     Raises:
         ValueError: If there is nothing to choose from.
     """
+    _, area = choose_objects((((mask,), target) for mask, target in pairs), candidates, grown=grown)
+    return area
+
+
+def choose_objects(
+    images: Iterable[tuple[Sequence[np.ndarray], np.ndarray]],
+    candidates: Sequence[int] = MIN_AREA_CANDIDATES,
+    *,
+    grown: bool = False,
+) -> tuple[int, int]:
+    """Of several ways to a mask and of minimum areas, the pair that scores best.
+
+    Best is as for ``choose_min_area``; of equals, the first way, then the smallest area.
+
+    Args:
+        images: (masks, target) of each: one (H, W) bool mask for each way, as many for every image.
+        candidates, grown: As there.
+
+    Returns:
+        (number of the way, area); the first way where there is no image.
+
+    Raises:
+        ValueError: If there is nothing to choose from.
+    """
     if not candidates:
         raise ValueError("need at least one candidate area")
     areas = sorted(set(candidates))
-    sums = np.zeros((len(areas), len(SUM_COLUMNS)))
-    for mask, target in pairs:
-        everything = objects_from_mask(mask)
-        size = np.bincount(everything.ravel())
-        scored: dict[bytes, np.ndarray] = {}  # most candidates drop the same objects
-        for row, area in enumerate(areas):
-            keep = size >= area
-            keep[0] = False
-            if keep.tobytes() not in scored:
-                kept = np.where(keep[everything], everything, 0)
-                kept = grow_objects(kept) if grown else kept
-                scored[keep.tobytes()] = _sums_without_distances(match_objects(target, kept))
-            sums[row] += scored[keep.tobytes()]
+    sums = np.zeros((1, len(areas), len(SUM_COLUMNS)))
+    for masks, target in images:
+        scored = np.stack([_sums_by_area(mask, target, areas, grown) for mask in masks])
+        sums = sums + scored
     pooled = object_statistics(sums)
     # Rounded, so that equals are equal whatever the order of the additions.
     quality = np.round(pooled["object_f1"] + pooled["object_dice"], 12)
-    return areas[int(quality.argmax())]
+    way, row = np.unravel_index(int(quality.argmax()), quality.shape)
+    return int(way), areas[int(row)]
+
+
+def _sums_by_area(
+    mask: np.ndarray, target: np.ndarray, areas: Sequence[int], grown: bool
+) -> np.ndarray:
+    """(areas, columns) of one image."""
+    everything = objects_from_mask(mask)
+    size = np.bincount(everything.ravel())
+    scored: dict[bytes, np.ndarray] = {}  # most candidates drop the same objects
+    rows = []
+    for area in areas:
+        keep = size >= area
+        keep[0] = False
+        if keep.tobytes() not in scored:
+            kept = np.where(keep[everything], everything, 0)
+            kept = grow_objects(kept) if grown else kept
+            scored[keep.tobytes()] = _sums_without_distances(match_objects(target, kept))
+        rows.append(scored[keep.tobytes()])
+    return np.stack(rows)
 
 
 def _sums_without_distances(matches: Matches) -> np.ndarray:

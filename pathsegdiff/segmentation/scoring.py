@@ -28,7 +28,7 @@ from pathsegdiff.evaluation.intervals import (
 from pathsegdiff.evaluation.objects import (
     ImageObjects,
     SplitObjects,
-    choose_min_area,
+    choose_objects,
     grow_objects,
     image_object_scores,
     object_sums,
@@ -56,8 +56,10 @@ PREDICTIONS_FOLDER = "predictions"
 _MIN_AREA_UNCHOSEN = 0
 #: Without validation images it is chosen on so many of the training images, evenly spaced.
 _TRAINING_LOOKED_AT = 20
-#: A pixel of this probability or more is a contour (Chen et al. 2016).
-_CONTOUR_FROM = 0.5
+#: A pixel of this probability or more is a contour: the first is Chen et al.'s (2016). Their loss
+#: does not weigh contours up as ours does (every row's loss is weighted by class), so that a
+#: probability of 0.5 comes too easily; which one parts objects best is chosen as the area is.
+_CONTOUR_FROM = (0.5, 0.7, 0.8, 0.9)
 #: Intervals from a handful of images mean little, and a reader must know.
 _FEW_IMAGES = 10
 
@@ -148,8 +150,8 @@ def score_samples(
         out: Folder to write.
         part: Name of what is scored.
         samples: Of it, at least one.
-        validation: The smallest predicted object that is kept is chosen on these; only where the
-            data set counts objects.
+        validation: The smallest predicted object that is kept is chosen on these, and from which
+            probability a contour is one; only where the data set counts objects.
         training: Where there are none: on some of these, which the head has seen. May be empty.
         subtitle: Of the report, behind the number of images.
         notes: What a reader has to know; what is found here is added.
@@ -159,12 +161,12 @@ def score_samples(
     """
     scheme = card.scheme
     notes = list(notes)
-    min_area = None
+    rule: _ObjectRule | None = None
     chosen_on: Sequence[StoredSample] = ()
     if scheme.objects is not None:
         chosen_on = validation or _spread(training, _TRAINING_LOOKED_AT)
         where = "validation" if validation else "training"
-        min_area = _choose_min_area(segmenter, card, chosen_on, where, len(samples), progress)
+        rule = _choose_objects(segmenter, card, chosen_on, where, len(samples), progress)
         if not chosen_on:
             notes.append("no validation images: every object is kept, however small")
         elif not validation:
@@ -177,13 +179,15 @@ def score_samples(
     predictions = out / PREDICTIONS_FOLDER
     predictions.mkdir(parents=True, exist_ok=True)
     confusions, rows, objects, panels = [], [], [], {}
+    has_contours = False
     for number, found in enumerate(segmenter.predictions(samples)):
         sample = found.sample
         confusion = confusion_matrix(found.target, found.labels, scheme.num_classes)
         confusions.append(confusion)
         scored = None
-        if min_area is not None:
-            scored = _score_objects(segmenter, card, found, min_area)
+        if rule is not None:
+            has_contours = found.contours is not None
+            scored = _score_objects(segmenter, card, found, rule)
             objects.append(scored)
         row = image_row(
             sample.sample_id,
@@ -225,7 +229,8 @@ def score_samples(
         "split": part,
         "images": len(samples),
         "interval_unit": unit,
-        "min_area_px": min_area,
+        "min_area_px": None if rule is None else rule.min_area_px,
+        **({"contour_from": rule.contour_from} if rule is not None and has_contours else {}),
         **provenance,
     }
     metrics_json(
@@ -269,7 +274,7 @@ def score_samples(
         intervals=intervals,
         interval_unit=unit,
         objects=split_objects,
-        min_area_px=min_area,
+        min_area_px=None if rule is None else rule.min_area_px,
         notes=tuple(notes),
     )
 
@@ -329,23 +334,40 @@ def _object_id(card: DatasetCard) -> int:
     return card.scheme.names.index(card.scheme.objects)
 
 
-def _object_mask(card: DatasetCard, found: Prediction, size: tuple[int, int]) -> np.ndarray:
-    """Where objects are, less their contours where the network predicts them."""
+@dataclass(frozen=True, kw_only=True)
+class _ObjectRule:
+    """What turns a prediction into objects.
+
+    Attributes:
+        min_area_px: Of the smallest that is kept.
+        contour_from: Probability of a contour's pixels; None where none are predicted.
+    """
+
+    min_area_px: int
+    contour_from: float | None = None
+
+
+def _object_masks(
+    card: DatasetCard, found: Prediction, size: tuple[int, int], contours_from: Sequence[float]
+) -> list[np.ndarray]:
+    """Where objects are, less their contours from each probability; one mask without contours."""
     mask = object_mask(found.probabilities, size, _object_id(card))
     if found.contours is None:
-        return mask
+        return [mask]
     edges = F.interpolate(
         found.contours[None, None], size=size, mode="bilinear", align_corners=False
     )
-    return mask & (edges[0, 0] < _CONTOUR_FROM).cpu().numpy()
+    return [mask & (edges[0, 0] < least).cpu().numpy() for least in contours_from]
 
 
 def _score_objects(
-    segmenter: Segmenter, card: DatasetCard, found: Prediction, min_area: int
+    segmenter: Segmenter, card: DatasetCard, found: Prediction, rule: _ObjectRule
 ) -> ImageObjects:
     target = segmenter.instances(found.sample)
     height, width = target.shape
-    objects = objects_from_mask(_object_mask(card, found, (height, width)), min_area)
+    contours_from = () if rule.contour_from is None else (rule.contour_from,)
+    (mask,) = _object_masks(card, found, (height, width), contours_from)
+    objects = objects_from_mask(mask, rule.min_area_px)
     return image_object_scores(target, objects if found.contours is None else grow_objects(objects))
 
 
@@ -355,29 +377,31 @@ def _spread(samples: Sequence[StoredSample], count: int) -> list[StoredSample]:
     return [samples[number * len(samples) // count] for number in range(count)]
 
 
-def _choose_min_area(
+def _choose_objects(
     segmenter: Segmenter,
     card: DatasetCard,
     samples: Sequence[StoredSample],
     part: str,
     evaluated: int,
     progress: Progress | None,
-) -> int:
-    """The smallest object to keep, chosen on a part that is not scored."""
+) -> _ObjectRule:
+    """The smallest object to keep and the contour, chosen on a part that is not scored."""
     if not samples:
-        return _MIN_AREA_UNCHOSEN
+        return _ObjectRule(min_area_px=_MIN_AREA_UNCHOSEN, contour_from=_CONTOUR_FROM[0])
     predictions = iter(segmenter.predictions(samples))
     first = next(predictions)
 
-    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def images() -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
         for number, found in enumerate(chain([first], predictions)):
             target = segmenter.instances(found.sample)
             height, width = target.shape
-            yield _object_mask(card, found, (height, width)), target
+            yield _object_masks(card, found, (height, width), _CONTOUR_FROM), target
             if progress is not None:
                 progress(number + 1, len(samples) + evaluated, f"{part}: smallest object")
 
-    return choose_min_area(pairs(), grown=first.contours is not None)
+    has_contours = first.contours is not None
+    way, area = choose_objects(images(), grown=has_contours)
+    return _ObjectRule(min_area_px=area, contour_from=_CONTOUR_FROM[way] if has_contours else None)
 
 
 def _interval_groups(
