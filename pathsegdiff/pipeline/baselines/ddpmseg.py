@@ -2,8 +2,8 @@
 
 Baranchuk et al. 2022, "Label-efficient semantic segmentation with diffusion models",
 https://arxiv.org/abs/2112.03126: decoder blocks at t = 50, 150 and 250, ten perceptrons, a majority
-vote. Their blocks 5, 6, 7, 8 and 12 of 18 are those that make maps of strides 8, 4 and 2; here the
-five taps of strides 8 and 4 that come first. The features are those of the model that was extracted
+vote. Their blocks 5, 6, 7, 8 and 12 of 18 are those that make maps of strides 8, 4 and 2; here five
+taps in a row, of strides 8 and 4 with the paper's autoencoder, 16 and 8 with one of stride 8. The features are those of the model that was extracted
 with, the loss, parts and metrics those of every row.
 """
 
@@ -71,7 +71,7 @@ TITLE = "DDPMSeg, ten pixel classifiers on cached features"
 TIMESTEPS = (50, 150, 250)
 TAPS = ("up_05", "up_06", "up_07", "up_08", "up_09")
 MEMBERS = 10
-#: Drawn once, of all training images together: 0.2 GB of `tiny`, 1.2 GB of the paper's model.
+#: Drawn once, of all training images together: 0.3 GB of `tiny`, 1.2 GB of the paper's model.
 PIXELS = 100_000
 DEFAULT_BATCH_SIZE = 64
 DEFAULT_EPOCHS = 4
