@@ -3,8 +3,9 @@
 Baranchuk et al. 2022, "Label-efficient semantic segmentation with diffusion models",
 https://arxiv.org/abs/2112.03126: decoder blocks at t = 50, 150 and 250, ten perceptrons, a majority
 vote. Their blocks 5, 6, 7, 8 and 12 of 18 are those that make maps of strides 8, 4 and 2; here five
-taps in a row, of strides 8 and 4 with the paper's autoencoder, 16 and 8 with one of stride 8. The features are those of the model that was extracted
-with, the loss, parts and metrics those of every row.
+taps in a row, of strides 8 and 4 with the paper's autoencoder, 16 and 8 with one of stride 8. The
+features are those of the model that was extracted with, parts and metrics those of every row, the
+loss that of the heads.
 """
 
 import logging
