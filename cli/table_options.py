@@ -8,10 +8,10 @@ import click
 from cli.options import (
     PATH,
     Decorator,
+    check_seeds,
     data_root_option,
     decorated,
     precision_option,
-    seed_numbers,
 )
 
 #: Of a table, unless others are asked for.
@@ -37,7 +37,9 @@ def whole_numbers(
 
 
 def _seeds(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    return tuple(seed_numbers(value, "--seeds"))
+    found = whole_numbers(ctx, param, value)
+    check_seeds(found, value, "--seeds")
+    return found
 
 
 def _limits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int | None, ...]:

@@ -16,7 +16,6 @@ from scipy.spatial.distance import cdist, directed_hausdorff
 
 from pathsegdiff.evaluation.objects import (
     MIN_AREA_CANDIDATES,
-    choose_min_area,
     choose_objects,
     grow_objects,
     hausdorff_distance,
@@ -282,6 +281,15 @@ def test_objects_from_mask_wants_a_boolean_mask():
 def test_objects_from_mask_is_idempotent(seed, area):
     once = objects_from_mask(discs(seed, 6, (30, 40)) > 0, area)
     assert (objects_from_mask(once > 0, area) == once).all()
+
+
+def choose_min_area(pairs, *candidates, **settings):
+    """``choose_objects`` with one way to a mask."""
+    way, area = choose_objects(
+        (((mask,), target) for mask, target in pairs), *candidates, **settings
+    )
+    assert way == 0
+    return area
 
 
 def test_the_minimum_area_drops_specks_and_keeps_glands():

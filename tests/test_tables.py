@@ -571,7 +571,7 @@ def test_runs_of_other_settings_in_the_same_folder_are_refused(folder, tmp_path,
     [
         (["--rows", "conditioned,what"], "no row is called 'what'; there are conditioned"),
         (["--folds", "x"], "must be whole numbers such as 0,1,2, got 'x'"),
-        (["--seeds", "x"], "'x' is not a number, or numbers with commas between"),
+        (["--seeds", "x"], "must be whole numbers such as 0,1,2, got 'x'"),
         (["--seeds", "-1"], "seeds are from 0 to 2^63 - 1"),
         (["--limit-images", "0"], "must be numbers, or all, such as 5,20,all, got '0'"),
     ],

@@ -179,28 +179,8 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of what makes regions and labels from files (``Recipe.dataset_sha256``).
-
-        The name, the codes of each class, the resolution and the region rule. Not the rows: a store
-        grows with its data set, and holds the pixels of each sample against the sample's own mark.
-        Nor where the files lie, their containers, titles, class names and colours.
-        """
-        scheme = self.scheme
-        names = [entry.name for entry in scheme.classes]
-        identity: dict[str, Any] = {
-            "name": self.name,
-            "codes": [entry.codes for entry in scheme.classes],
-            "dont_care": None if scheme.dont_care is None else scheme.dont_care.codes,
-            "objects": None if scheme.objects is None else names.index(scheme.objects),
-            "mpp": self.manifest.mpp,
-            "rule": self.rule.to_dict(),
-        }
-        if self.rule.kind == "window":
-            # Windows of the training split are cropped at random, others in the middle.
-            train = self.manifest.default_train
-            rows = self.manifest.sources
-            identity["train"] = sorted(row.source_id for row in rows if row.split == train)
-        return content_hash(identity)
+        """``dataset_sha256`` at its resolution."""
+        return dataset_sha256(self.manifest, self.rule)
 
     def split_samples(self, split: str) -> tuple[Sample, ...]:
         """The samples of one split."""
@@ -367,6 +347,35 @@ class Dataset:
             for window in windows
             if dont_care_share(label.pixels, window, self.scheme) <= self.rule.max_dont_care
         ]
+
+
+def dataset_sha256(manifest: Manifest, rule: RegionRule | None = None) -> str:
+    """Hash of what makes regions and labels from files (``Recipe.dataset_sha256``).
+
+    The name, the codes of each class, the resolution and the region rule. Not the rows: a store
+    grows with its data set, and holds the pixels of each sample against the sample's own mark.
+    Nor where the files lie, their containers, titles, class names and colours.
+
+    Args:
+        rule: None for the manifest's own.
+    """
+    rule = rule or _rule_at(manifest, None)
+    scheme = manifest.scheme
+    names = [entry.name for entry in scheme.classes]
+    identity: dict[str, Any] = {
+        "name": manifest.name,
+        "codes": [entry.codes for entry in scheme.classes],
+        "dont_care": None if scheme.dont_care is None else scheme.dont_care.codes,
+        "objects": None if scheme.objects is None else names.index(scheme.objects),
+        "mpp": manifest.mpp,
+        "rule": rule.to_dict(),
+    }
+    if rule.kind == "window":
+        # Windows of the training split are cropped at random, others in the middle.
+        train = manifest.default_train
+        rows = manifest.sources
+        identity["train"] = sorted(row.source_id for row in rows if row.split == train)
+    return content_hash(identity)
 
 
 def open_dataset(

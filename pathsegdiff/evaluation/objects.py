@@ -446,30 +446,6 @@ def pool_objects(images: Sequence[ImageObjects]) -> SplitObjects:
     )
 
 
-def choose_min_area(
-    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
-    candidates: Sequence[int] = MIN_AREA_CANDIDATES,
-    *,
-    grown: bool = False,
-) -> int:
-    """The minimum object area that scores best on validation images.
-
-    Best is the largest sum of pooled detection F1 and pooled object Dice; of equals, the smallest
-    area. The Hausdorff distance takes no part: it is infinite once an image loses all its objects.
-
-    Args:
-        pairs: (H, W) bool prediction and (H, W) integer target map of each image, at its original
-            size. One pair at a time is looked at; none at all choose the smallest area.
-        candidates: Areas in pixels.
-        grown: Whether what is kept is grown before it is scored (``grow_objects``).
-
-    Raises:
-        ValueError: If there is nothing to choose from.
-    """
-    _, area = choose_objects((((mask,), target) for mask, target in pairs), candidates, grown=grown)
-    return area
-
-
 def choose_objects(
     images: Iterable[tuple[Sequence[np.ndarray], np.ndarray]],
     candidates: Sequence[int] = MIN_AREA_CANDIDATES,
@@ -478,11 +454,15 @@ def choose_objects(
 ) -> tuple[int, int]:
     """Of several ways to a mask and of minimum areas, the pair that scores best.
 
-    Best is as for ``choose_min_area``; of equals, the first way, then the smallest area.
+    Best is the largest sum of pooled detection F1 and pooled object Dice; of equals, the first way,
+    then the smallest area. The Hausdorff distance takes no part: it is infinite once an image loses
+    all its objects.
 
     Args:
-        images: (masks, target) of each: one (H, W) bool mask for each way, as many for every image.
-        candidates, grown: As there.
+        images: (masks, target) of each, at its original size, one at a time: one (H, W) bool mask
+            for each way, as many for every image, and the (H, W) integer target map.
+        candidates: Areas in pixels.
+        grown: Whether what is kept is grown before it is scored (``grow_objects``).
 
     Returns:
         (number of the way, area); the first way where there is no image.

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pathsegdiff.data.manifest import load_manifest, open_dataset
+from pathsegdiff.data.manifest import dataset_sha256, load_manifest, open_dataset
 from pathsegdiff.diffusion.bundle import (
     has_encoder,
     init_bundle,
@@ -183,14 +183,10 @@ def plan_table(
             )
             if null is None:
                 raise
-    try:
-        regions = open_dataset(dataset, data_root=data_root).sha256
-    except DataError:  # a table of finished runs needs no images
-        regions = None
     settings = TableSettings(
         table=table,
         dataset=dataset,
-        dataset_sha256=regions,
+        dataset_sha256=dataset_sha256(manifest),
         dataset_name=manifest.name,
         data_root=data_root,
         train_split=manifest.default_train,
@@ -303,7 +299,9 @@ def _fill_stores(settings: TableSettings, running: _Running, logs: Path, log: Lo
         log(_line(command))
         if running.start(command, logs / "extract.txt", None):
             file = logs / "extract.txt"
-            raise RunError(f"a store is not whole ({_last_line(file)}); see {file}")
+            raise RunError(
+                f"a store is not whole ({_last_line(file)}); see {file}, and run this again"
+            )
 
 
 def _make_random(settings: TableSettings) -> None:

@@ -153,7 +153,7 @@ class TableSettings:
         work: Folder of stores and runs; None for ``out``.
         dataset: Name, or path of a manifest.
         dataset_name: As the manifest says.
-        dataset_sha256: ``Dataset.sha256``, None where its images are not there.
+        dataset_sha256: Of what makes regions and labels from files; None for not asked.
         data_root: Folder with its images, or None.
         train_split, eval_split: Trained on, and scored where no fold is.
         model: Name or folder of a bundle.
