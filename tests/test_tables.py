@@ -1,6 +1,7 @@
 """The paper's tables: rows are run by the commands of a user, and stand beside what was printed."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from cli.main import run
 from pathsegdiff.data.manifest import open_dataset
 from pathsegdiff.diffusion.bundle import read_card
+from pathsegdiff.diffusion.pretrain.parcel import read_archive
 from pathsegdiff.errors import ConfigError, RunError
 from pathsegdiff.evaluation.compare import compare, join, read_scored
 from pathsegdiff.files import file_sha256
@@ -31,6 +33,7 @@ from pathsegdiff.pipeline.tables.make import make_runs, missing_things
 from pathsegdiff.pipeline.tables.plots import TableRow
 from pathsegdiff.pipeline.tables.published import COLUMNS, MEAN, TABLES
 from pathsegdiff.pipeline.tables.qualitative import draw_qualitative, table_of
+from pathsegdiff.pipeline.tables.records import write_records
 from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
 from pathsegdiff.pipeline.tables.write import collect, title_of, write
 from tests.helpers_data import make_bcss
@@ -248,6 +251,55 @@ def test_a_table_of_finished_runs_needs_neither_images_nor_bundle(
     assert run([*command, "gone", "--table-only"]) == 0
     assert (tmp_path / "t" / "table.md").read_text() == text
     assert run([*command, "gone"]) == 1
+
+
+def test_a_table_is_made_again_of_its_records_and_goes_on(folder, tmp_path, quick):
+    command = ["reproduce", "table4", "--dataset", str(folder / "data" / "discs.toml")]
+    command += ["--model", str(folder / "micro"), "--precision", "float32", "--jobs", "1"]
+    command += ["--rows", "conditioned,tokens"]
+    out = tmp_path / "t"
+    assert run([*command, "--seeds", "0", "--out", str(out)]) == 0
+    config = out / "runs/tokens-seed0/config.json"
+    values = json.loads(config.read_text())
+    words = "--data-root '/srv/a patient/b' --encoder-weights resnet18=/srv/a/c.pth --out runs/d"
+    values["provenance"]["command"] = f"psd baseline tokens {words}"
+    config.write_text(json.dumps(values))
+    assert run([*command, "--seeds", "0", "--out", str(out), "--table-only"]) == 0
+    first = (out / "records.tar.gz").read_bytes()
+    assert run([*command, "--seeds", "0", "--out", str(out), "--table-only"]) == 0
+    assert (out / "records.tar.gz").read_bytes() == first
+
+    again = tmp_path / "again"
+    again.mkdir()
+    with io.BytesIO(first) as stream:
+        read_archive(stream, len(first), again, "records")
+    files = {file.relative_to(again).as_posix() for file in again.rglob("*") if file.is_file()}
+    assert files == {"settings.json"} | {
+        f"runs/{row}-seed0/{name}"
+        for row in ("conditioned", "tokens")
+        for name in ("config.json", "log.csv", "result.json", "eval-test/metrics.json")
+    }
+    for name in files:
+        text = (again / name).read_text()
+        assert str(tmp_path) not in text and str(folder) not in text and "/srv" not in text
+    values = json.loads((again / "runs/tokens-seed0/config.json").read_text())
+    assert values["provenance"]["command"] == (
+        "psd baseline tokens --data-root b --encoder-weights resnet18=c.pth --out runs/d"
+    )
+    assert values["features"]["path"] == "discs-micro-t50.zarr"
+    assert run([*command, "--seeds", "0", "--out", str(again), "--table-only"]) == 0
+    assert (again / "table.md").read_text() == (out / "table.md").read_text()
+    assert (again / "table.csv").read_text() == (out / "table.csv").read_text()
+
+    del quick[:]
+    assert run([*command, "--seeds", "0,1", "--out", str(again)]) == 0
+    trained = [said[said.index("--out") + 1] for said in quick if said[0] == "train-head"]
+    assert [Path(name).name for name in trained] == ["conditioned-seed1", "tokens-seed1"]
+
+    (out / "runs/tokens-seed0-pilot-0").mkdir()
+    (out / "runs/tokens-seed0-pilot-0/config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config.json is damaged .*; delete its folder"):
+        write_records(settings_of(folder, out))
 
 
 def test_objects_stand_beside_published_objects(folder, tmp_path, quick):

@@ -25,6 +25,7 @@ from pathsegdiff.pipeline.tables.columns import Columns, columns_of
 from pathsegdiff.pipeline.tables.finished import is_finished
 from pathsegdiff.pipeline.tables.plots import TableRow, draw_few_labels, draw_rows
 from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES
+from pathsegdiff.pipeline.tables.records import write_records
 from pathsegdiff.pipeline.tables.rows import BUDGETS, Job, TableSettings
 from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE
 from pathsegdiff.segmentation.splits import source_of_window
@@ -95,7 +96,14 @@ def collect(settings: TableSettings) -> tuple[Columns, list[TableRow]]:
 
 
 def write(settings: TableSettings) -> str:
-    """Write table.md, table.csv, plot.png and report.html; the Markdown is returned."""
+    """Write table.md, table.csv, plot.png, report.html and the records of the runs.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        RunError: If a run is damaged.
+    """
     columns, rows = collect(settings)
     lines = _cells(settings, columns, rows)
     notes = notes_of(settings, columns, rows)
@@ -108,6 +116,7 @@ def write(settings: TableSettings) -> str:
     reports = sorted(settings.folder.glob("runs/*/eval-*/report.html"))
     caption = "Every row, ours and published"
     draw = partial(draw_rows, rows, *drawn, published=same)
+    write_records(settings)
     return write_table(settings.out, title, lines, notes, draw, caption, reports=reports)
 
 
