@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from cli.options import PATH, Decorator, decorated, numbers, seed_numbers
-from cli.table_options import TABLE_ROWS, common_options, names, whole_numbers
+from cli.table_options import TABLE_ROWS, common_options, names
 from cli.table_runs import refuse_failed, refuse_missing, run_table
 
 
@@ -191,13 +191,13 @@ def _curve(
     seed_numbers(seeds, "--seeds")
     numbers(lr, float, "--lr")
     held_out = numbers(folds, int, "--folds")
+    timesteps = tuple(numbers(t, int, "--t"))
     refuse_missing(name, missing_things(dataset, data_root, model, ("conditioned",)))
     opened = open_dataset(dataset, data_root=data_root)
     split = opened.manifest.default_train
     if folds is None and opened.name == "glas":
         folds, held_out = "0,1,2,3", [0, 1, 2, 3]
     refuse_impossible(dataset, data_root, train_split=split, eval_split=None, folds=held_out)
-    timesteps = tuple(dict.fromkeys(whole_numbers(click.get_current_context(), None, t)))
     called = opened.name, read_card(resolve_bundle(model)).name
     extraction, stores = extraction_command(
         dataset,

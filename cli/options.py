@@ -203,13 +203,12 @@ def numbers(text: str | None, kind: Callable[[str], Number], option: str) -> lis
 
 
 def seed_numbers(text: str | None, option: str) -> list[int]:
-    """``numbers`` that a generator takes."""
+    """``numbers`` that a generator takes.
+
+    Raises:
+        click.BadParameter: If one of them is none.
+    """
     found: list[int] = numbers(text, int, option)
-    check_seeds(found, text, option)
-    return found
-
-
-def check_seeds(seeds: Sequence[int], text: str | None, option: str) -> None:
-    """Raises: click.BadParameter: If a generator does not take one of them."""
-    if not all(0 <= seed < 2**63 for seed in seeds):
+    if not all(0 <= seed < 2**63 for seed in found):
         raise click.BadParameter(f"{text!r}: seeds are from 0 to 2^63 - 1", param_hint=option)
+    return found

@@ -8,10 +8,11 @@ import click
 from cli.options import (
     PATH,
     Decorator,
-    check_seeds,
     data_root_option,
     decorated,
+    numbers,
     precision_option,
+    seed_numbers,
 )
 
 #: Of a table, unless others are asked for.
@@ -26,20 +27,12 @@ def names(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",")) if text else ()
 
 
-def whole_numbers(
-    ctx: click.Context, param: click.Parameter | None, value: str | None
-) -> tuple[int, ...]:
-    """A callback: "0,1,2" as numbers, nothing as none."""
-    try:
-        return tuple(int(part) for part in value.split(",")) if value else ()
-    except ValueError:
-        raise click.BadParameter(f"must be whole numbers such as 0,1,2, got {value!r}") from None
-
-
 def _seeds(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    found = whole_numbers(ctx, param, value)
-    check_seeds(found, value, "--seeds")
-    return found
+    return tuple(seed_numbers(value, "--seeds"))
+
+
+def _folds(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    return tuple(numbers(value, int, "--folds"))
 
 
 def _limits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int | None, ...]:
@@ -157,7 +150,7 @@ def table_options(name: str, dataset: str, model: str, rows: str) -> Decorator:
             ),
             click.option(
                 "--folds",
-                callback=whole_numbers,
+                callback=_folds,
                 metavar="K[,...]",
                 help="Hold these folds out and score them, instead of the official split.",
             ),
