@@ -196,9 +196,13 @@ def test_folds_of_a_seed_are_one_sample_of_images(folder, tmp_path, quick):
               for name in ("tokens", "conditioned")]  # fmt: skip
     difference = compare(*joined).differences["miou"]
     assert len(joined[0].sample_ids) == 4
-    assert f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})" in write(
-        settings
-    )
+    said = f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    assert said in write(settings)
+    (settings.out / "runs/tokens-fold1-seed0/result.json").unlink()
+    text = write(settings)
+    assert said not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| HIPT |")]
+    assert "| a fold is missing |" in line and "| 1 of 2, incomplete |" in line
 
 
 def test_a_network_on_images_is_a_row_and_a_failure_costs_only_its_row(folder, tmp_path, quick):

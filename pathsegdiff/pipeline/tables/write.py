@@ -370,7 +370,7 @@ def _less_ours(row: TableRow, ours: TableRow | None, columns: Columns) -> str:
         return ""
     common = row.files().keys() & ours.files().keys()
     if not common:
-        return "other seeds"
+        return "other seeds" if row.files() and ours.files() else "a fold is missing"
     try:
         classes = tuple(columns.classes.values())
         differences = compare(
