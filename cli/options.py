@@ -206,7 +206,7 @@ def seed_numbers(text: str | None, option: str) -> list[int]:
     """``numbers`` that a generator takes.
 
     Raises:
-        click.BadParameter: If one of them is none.
+        click.BadParameter: If one of them is no seed.
     """
     found: list[int] = numbers(text, int, option)
     if not all(0 <= seed < 2**63 for seed in found):

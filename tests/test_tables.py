@@ -268,6 +268,10 @@ def test_a_table_is_made_again_of_its_records_and_goes_on(folder, tmp_path, quic
     words = "--data-root '/srv/a patient/b' --encoder-weights resnet18=/srv/a/c.pth --out runs/d"
     values["provenance"]["command"] = f"psd baseline tokens {words}"
     config.write_text(json.dumps(values))
+    (config.parent / "pilots.json").write_text('{"validation_miou": {"0.1": 0.5}}')
+    pilot = out / "runs/tokens-seed0-pilot-lr0.1"
+    pilot.mkdir()
+    shutil.copy(config.parent / "result.json", pilot)
     assert run([*command, "--seeds", "0", "--out", str(out), "--table-only"]) == 0
     first = (out / "records.tar.gz").read_bytes()
     assert run([*command, "--seeds", "0", "--out", str(out), "--table-only"]) == 0
@@ -278,7 +282,8 @@ def test_a_table_is_made_again_of_its_records_and_goes_on(folder, tmp_path, quic
     with io.BytesIO(first) as stream:
         read_archive(stream, len(first), again, "records")
     files = {file.relative_to(again).as_posix() for file in again.rglob("*") if file.is_file()}
-    assert files == {"settings.json"} | {
+    chose = {"runs/tokens-seed0/pilots.json", "runs/tokens-seed0-pilot-lr0.1/result.json"}
+    assert files == {"settings.json", *chose} | {
         f"runs/{row}-seed0/{name}"
         for row in ("conditioned", "tokens")
         for name in ("config.json", "log.csv", "result.json", "eval-test/metrics.json")
@@ -304,6 +309,9 @@ def test_a_table_is_made_again_of_its_records_and_goes_on(folder, tmp_path, quic
     (out / "runs/tokens-seed0-pilot-0/config.json").write_text("{")
     with pytest.raises(RunError, match=r"config.json is damaged .*; delete its folder"):
         write_records(settings_of(folder, out))
+    # Records that were put beside runs that are not there yet are not lost.
+    assert write_records(settings_of(folder, out, seeds=(7,))) is None
+    assert (out / "records.tar.gz").read_bytes() == first
 
 
 def test_objects_stand_beside_published_objects(folder, tmp_path, quick):

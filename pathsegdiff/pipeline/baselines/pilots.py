@@ -82,6 +82,11 @@ def choose_rate(
     }
 
 
+def pilot_runs(out: Path) -> list[Path]:
+    """Folders of the trainings that chose a run's rate; none where it was given one."""
+    return sorted(out.parent.glob(f"{out.name}-pilot-*"))
+
+
 def write_pilots(out: Path, found: dict[str, float | None]) -> None:
     """Leave the validation mIoU of each rate in the run's folder."""
     write_json(out / PILOTS_FILE, {"validation_miou": found})

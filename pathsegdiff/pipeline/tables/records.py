@@ -1,10 +1,11 @@
 """What a table was computed from, small enough to be published beside it.
 
 ``records.tar.gz`` has settings.json and, of every finished run, what it was made with
-(config.json), its curve (log.csv), how it ended (result.json) and its counts of pixels image by
-image (metrics.json): neither weights nor pixels. Unpacked into a folder, ``psd reproduce ...
---table-only`` makes the same table of it, ``psd compare`` holds other runs against it, and the
-command without ``--table-only`` adds what is missing.
+(config.json), its curve (log.csv), how it ended (result.json), how its rate was chosen
+(pilots.json) and its counts of pixels image by image (metrics.json): neither weights nor pixels.
+Unpacked into a folder, ``psd reproduce ... --table-only`` makes the same table of it, ``psd
+compare`` holds other runs against it, and the command without ``--table-only`` adds what is
+missing.
 """
 
 import json
@@ -14,8 +15,9 @@ from typing import Any
 
 from pathsegdiff.diffusion.pretrain.parcel import write_archive
 from pathsegdiff.errors import MALFORMED, RunError
+from pathsegdiff.pipeline.baselines.pilots import PILOTS_FILE, pilot_runs
 from pathsegdiff.pipeline.tables.finished import SIGNATURE_FILE, is_finished
-from pathsegdiff.pipeline.tables.rows import TableSettings
+from pathsegdiff.pipeline.tables.rows import Job, TableSettings
 from pathsegdiff.segmentation.runs import CONFIG_FILE, LOG_FILE, RESULT_FILE
 
 RECORDS_FILE = "records.tar.gz"
@@ -27,43 +29,47 @@ def write_records(settings: TableSettings) -> Path | None:
     Absolute paths in them (where images, stores and models lay) are cut down to their last name.
 
     Returns:
-        The archive in the table's folder; None, and no archive, where no run is finished.
+        The archive in the table's folder; None where no run is finished: nothing is written.
 
     Raises:
         RunError: If a file of a run is damaged.
     """
-    archive = settings.out / RECORDS_FILE
-    contents: dict[str, Path | bytes] = {}
-    for job in settings.jobs():
-        if is_finished(settings, job):
-            run = settings.run(job)
-            for folder in (run, *sorted(run.parent.glob(f"{run.name}-pilot-*"))):
-                for name in (CONFIG_FILE, LOG_FILE, RESULT_FILE):
-                    _add(contents, settings.folder, folder / name)
-            _add(contents, settings.folder, settings.metrics(job))
-    if not contents:
-        archive.unlink(missing_ok=True)
+    files = [file for job in settings.jobs() for file in _files(settings, job)]
+    if not files:
         return None
-    _add(contents, settings.folder, settings.folder / SIGNATURE_FILE)
-    write_archive(archive, dict(sorted(contents.items())))
+    archive = settings.out / RECORDS_FILE
+    found = {
+        file.relative_to(settings.folder).as_posix(): _content(file)
+        for file in sorted([settings.folder / SIGNATURE_FILE, *files])
+        if file.is_file()
+    }
+    write_archive(archive, found)
     return archive
 
 
-def _add(contents: dict[str, Path | bytes], folder: Path, file: Path) -> None:
-    """A file that may not be there: a run of an older version has no curve."""
-    if not file.is_file():
-        return
-    name = file.relative_to(folder).as_posix()
+def _files(settings: TableSettings, job: Job) -> list[Path]:
+    """Of a finished run and of those that chose its rate; not every run has each of them."""
+    if not is_finished(settings, job):
+        return []
+    run = settings.run(job)
+    names = (CONFIG_FILE, LOG_FILE, RESULT_FILE, PILOTS_FILE)
+    return [
+        settings.metrics(job),
+        *(folder / name for folder in (run, *pilot_runs(run)) for name in names),
+    ]
+
+
+def _content(file: Path) -> Path | bytes:
+    """A file as it is, or JSON without paths."""
     if file.suffix != ".json":
-        contents[name] = file
-        return
+        return file
     try:
-        content = _without_paths(json.loads(file.read_text(encoding="utf-8")))
+        values = _without_paths(json.loads(file.read_text(encoding="utf-8")))
     except MALFORMED as error:
         raise RunError(
             f"{file} is damaged ({error!s:.300}); delete its folder and make the table again"
         ) from None
-    contents[name] = (json.dumps(content, indent=1) + "\n").encode()
+    return (json.dumps(values, indent=1) + "\n").encode()
 
 
 def _without_paths(value: Any) -> Any:

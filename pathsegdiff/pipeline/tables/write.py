@@ -20,6 +20,7 @@ from pathsegdiff.evaluation.compare import (
 )
 from pathsegdiff.evaluation.intervals import GROUPS, IMAGES, bootstrap, pixel_statistics
 from pathsegdiff.files import replace_file
+from pathsegdiff.pipeline.baselines.pilots import pilot_runs
 from pathsegdiff.pipeline.page import difference, limits, number, spread, write_table
 from pathsegdiff.pipeline.tables.columns import Columns, columns_of
 from pathsegdiff.pipeline.tables.finished import is_finished
@@ -242,8 +243,10 @@ def _read_run(settings: TableSettings, job: Job) -> dict[str, Any]:
             for part in (file, run / CONFIG_FILE, run / RESULT_FILE)
         )
         seconds = float(result["seconds"])
-        for pilot in run.parent.glob(f"{run.name}-pilot-*/{RESULT_FILE}"):
-            seconds += float(json.loads(pilot.read_text(encoding="utf-8"))["seconds"])
+        for pilot in pilot_runs(run):
+            ended = pilot / RESULT_FILE
+            if ended.is_file():  # one that diverged has none
+                seconds += float(json.loads(ended.read_text(encoding="utf-8"))["seconds"])
         return {
             **found,
             **_figures(found),
