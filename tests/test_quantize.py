@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -16,6 +16,7 @@ from pathsegdiff.features.quantize import dequantize, quantize, round_mantissa
         elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False),
     )
 )
+@example(np.array([[[6.9764377e-37]], [[1e-35]], [[4e-37]], [[3e-37]]], np.float32))
 def test_no_value_is_off_by_more_than_half_a_step(features):
     values, scales = quantize(features)
     assert values.dtype == np.int8

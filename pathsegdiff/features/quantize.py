@@ -13,6 +13,8 @@ import numpy as np
 #: Names the array beside a level that holds its scales.
 SCALE_PREFIX = "scale_"
 _LARGEST = 127
+#: The inverse of a smaller scale is no float32; its channel is taken for zeros.
+_SMALLEST = 3e-39
 _MANTISSA_BITS, _KEPT_BITS = 10, 5
 
 
@@ -72,8 +74,7 @@ def quantize(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     values = features.astype(np.float32, copy=False)
     scales = np.abs(values).max(axis=(1, 2), initial=0.0) / np.float32(_LARGEST)
-    # A largest value below the smallest normal number over 127 would overflow as a divisor.
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 1e-37)
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > _SMALLEST)
     steps = np.rint(values * inverse[:, None, None])
     return np.clip(steps, -_LARGEST, _LARGEST).astype(np.int8), scales
 
