@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pathsegdiff.diffusion.pretrain.images import SCALE_JITTER, ImagePool, PoolImage, open_pool
+from pathsegdiff.diffusion.pretrain.images import (
+    SCALE_JITTER,
+    ImagePool,
+    PoolImage,
+    find_images,
+    open_pool,
+)
 from pathsegdiff.errors import DataError
 
 
@@ -76,6 +82,18 @@ def test_a_manifest_gives_its_training_images_with_their_cases():
     assert len(images) == 26
     assert all(image.scale == pytest.approx(512 / 224) for image in images)
     assert len({image.group for image in images}) == 11
+
+
+def test_a_data_set_comes_before_a_folder_of_its_name(tmp_path, monkeypatch, caplog):
+    # As `psd demo` leaves one.
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / "demo" / name).mkdir(parents=True)
+        Image.new("RGB", (300, 300)).save(tmp_path / "demo" / name / "overlay.png")
+    assert len(find_images(["demo"])) == len(find_images(["demo@2"])) == 26
+    assert "demo: the data set of that name; the folder is ./demo" in caplog.text
+    for folder in ("./demo", "./demo@2", str(tmp_path / "demo")):
+        assert len(find_images([folder])) == 2
 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere@2", "@"])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from pathsegdiff.data.image import IMAGE_SUFFIXES, image_size, read_image
-from pathsegdiff.data.manifest import open_dataset
+from pathsegdiff.data.manifest import list_manifests, open_dataset
 from pathsegdiff.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,8 @@ def find_images(sources: Sequence[str], *, data_root: Path | None = None) -> lis
     """Find the training images, in an order that depends on the sources alone.
 
     Args:
-        sources: Each DIR, DIR@SCALE, or a manifest (a file, or a name). Of a folder, every image
+        sources: Each a manifest (a name, or a file), DIR, or DIR@SCALE. Of a name that a folder
+            has as well, the data set is meant, of ./NAME the folder. Of a folder, every image
             in it and below, masks left out; SCALE enlarges its pixels. Of a manifest, the images
             of its training split at the scale of its regions, grouped as it says. Of a folder of
             packed images, those that they were packed from.
@@ -182,9 +183,12 @@ def find_images(sources: Sequence[str], *, data_root: Path | None = None) -> lis
     """
     images: list[PoolImage] = []
     for source in sources:
-        path, scale = _split_scale(source)
-        if not path.is_dir():
-            images += _of_manifest(str(path), data_root, scale)
+        name, scale = _split_scale(source)
+        path = Path(name)
+        if name in list_manifests() or not path.is_dir():
+            if path.is_dir():
+                logger.warning("%s: the data set of that name; the folder is ./%s", name, name)
+            images += _of_manifest(name, data_root, scale)
             continue
         index = _packed_index(path)
         if index is None:
@@ -196,17 +200,18 @@ def find_images(sources: Sequence[str], *, data_root: Path | None = None) -> lis
     return images
 
 
-def _split_scale(source: str) -> tuple[Path, float | None]:
+def _split_scale(source: str) -> tuple[str, float | None]:
+    """What stands before @SCALE, and the scale."""
     name, at, number = source.rpartition("@")
     if not at or Path(source).exists():
-        return Path(source), None
+        return source, None
     try:
         scale = float(number)
     except ValueError:
-        return Path(source), None
+        return source, None
     if not 1 / 16 <= scale <= 16:
         raise DataError(f"{source}: a scale is between 1/16 and 16, got {number}")
-    return Path(name), scale
+    return name, scale
 
 
 def _of_folder(folder: Path, scale: float) -> list[PoolImage]:
