@@ -1,5 +1,6 @@
 """``psd baseline``: a network that learns from the images, a row of the comparison table."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,9 +253,9 @@ def baseline(
         f"{settings.batch_size} at {settings.size_px} px, {settings.precision}, learning rate "
         f"{settings.learning_rate:g}"
     )
-    _train_and_score(made, out, place, quiet=quiet)
-    if pilots:
-        write_pilots(out, pilots)
+    # Before the run is scored: a scored run counts as finished, whatever it lacks.
+    trained = (lambda: write_pilots(out, pilots)) if pilots else None
+    _train_and_score(made, out, place, trained, quiet=quiet)
 
 
 def _is_given(ctx: click.Context, option: str) -> bool:
@@ -319,7 +320,12 @@ def _train_ensemble(
 
 
 def _train_and_score(
-    made: "Baseline | DDPMSeg", out: Path, place: "torch.device", *, quiet: bool
+    made: "Baseline | DDPMSeg",
+    out: Path,
+    place: "torch.device",
+    trained: Callable[[], None] | None = None,
+    *,
+    quiet: bool,
 ) -> None:
     from cli.progress import Progress, TrainingProgress, duration
     from cli.results import show_evaluation
@@ -333,6 +339,8 @@ def _train_and_score(
     kept = result.kept
     quality = f", validation mIoU {kept['val_miou']:.4f}" if "val_miou" in kept else ""
     click.echo(f"kept: step {kept['step']:.0f}{quality}: {result.path}")
+    if trained is not None:
+        trained()
     with Progress("eval", "images", quiet=quiet) as progress:
         found = made.evaluate(out, device=place, progress=progress)
     show_evaluation(found)

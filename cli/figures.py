@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from cli.options import PATH, Decorator, decorated, numbers, seed_numbers
-from cli.table_options import TABLE_ROWS, common_options, names
+from cli.table_options import TABLE_ROWS, common_options, encoder_weights_option, names
 from cli.table_runs import refuse_failed, refuse_missing, run_table
 
 
@@ -31,6 +31,7 @@ from cli.table_runs import refuse_failed, refuse_missing, run_table
     help="[default: from the worst to the best image of the first row].",
 )
 @click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Images.")
+@encoder_weights_option
 def qualitative(
     dataset: str,
     data_root: Path | None,
@@ -42,6 +43,7 @@ def qualitative(
     count: int,
     out: Path,
     jobs: int | None,
+    encoder_weights: dict[str, str],
     **settings: Any,
 ) -> None:
     """The qualitative figure: image, truth, and the prediction of every row side by side.
@@ -67,11 +69,14 @@ def qualitative(
     split = eval_split or opened.manifest.default_eval
     there = tuple(scored_rows(runs, split=split, seed=seed))
     chosen = chosen or there or names(TABLE_ROWS[table])
+    all_there = set(chosen) <= set(there)
     made, failed = run_table(
         table,
         chosen,
         jobs=jobs,
-        table_only=not set(chosen) - set(there),
+        table_only=all_there,
+        any_weights=all_there and not encoder_weights,
+        encoder_weights=encoder_weights,
         dataset=dataset,
         data_root=data_root,
         eval_split=split,
@@ -95,18 +100,25 @@ def qualitative(
 
 
 def _as_the_table(runs: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Model, budget and precision: what was typed, else what the runs were made with."""
+    """What was typed of model, budget and precision, else what the runs were made with.
+
+    What has no option here (timestep, a model of its own for the row null) is as the runs have it.
+    """
     from pathsegdiff.pipeline.tables.finished import known_signature
 
     known = known_signature(runs) or {}
     context = click.get_current_context()
-    usual = {
+    usual: dict[str, Any] = {
         name: known[f"--{name}"].split(":", 1)[0]
         for name in ("model", "budget", "precision")
         if context.get_parameter_source(name) is ParameterSource.DEFAULT
         and isinstance(known.get(f"--{name}"), str)
         and known[f"--{name}"] != "none"
     }
+    if isinstance(known.get("--t"), int):
+        usual["timestep"] = known["--t"]
+    if isinstance(known.get("--unconditional"), str):
+        usual["unconditional"] = known["--unconditional"]
     return {**settings, **usual}
 
 

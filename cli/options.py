@@ -187,12 +187,12 @@ def _parse_crop(text: str) -> int | str | None:
 
 
 def numbers(text: str | None, kind: Callable[[str], Number], option: str) -> list[Any]:
-    """The numbers in "1,2", each once; none in nothing.
+    """The numbers in "1,2", each once; none where the option is not given.
 
     Raises:
         click.BadParameter: If it is something else.
     """
-    if not text:
+    if text is None:
         return []
     try:
         return list(dict.fromkeys(kind(part) for part in text.split(",")))

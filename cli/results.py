@@ -12,9 +12,10 @@ def show_evaluation(found: "Evaluation") -> None:
     """Notes, pooled metrics with their intervals, object metrics, and where the report is."""
     for note in found.notes:
         click.echo(f"note: {note}")
-    unit = found.interval_unit
-    scored = f"{found.samples} {'images' if unit == 'images' else 'windows'}"
-    click.echo(f"{found.part}, {scored}, pooled, with 95 % intervals over {unit}:")
+    click.echo(
+        f"{found.part}, {found.samples} {found.sample_unit}, pooled, with 95 % intervals over "
+        f"{found.interval_unit}:"
+    )
     for name, shown in (("accuracy", "accuracy"), ("dice", "Dice"), ("miou", "mIoU"), ("f1", "F1")):
         interval = found.intervals[name]
         value = getattr(found.scores, name)

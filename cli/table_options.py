@@ -61,6 +61,18 @@ def _weights(ctx: click.Context, param: click.Parameter, value: tuple[str, ...])
     return found
 
 
+encoder_weights_option = click.option(
+    "--encoder-weights",
+    multiple=True,
+    callback=_weights,
+    metavar="imagenet|ENCODER=FILE",
+    help="What encoders begin with: torchvision's ImageNet weights, fetched where they are not "
+    "there; or a file at hand (.pth or .safetensors, as torchvision and timm have them) of "
+    "resnet18 (row res-unet) or vgg16_bn (vgg16-fcn8 and dcan), may be given for each [default: "
+    "from scratch].",
+)
+
+
 def common_options(name: str, dataset: str, model: str) -> list[Decorator]:
     """Of every table and figure that is trained: on what, for how long, where to."""
     return [
@@ -122,16 +134,7 @@ def table_options(name: str, dataset: str, model: str, rows: str) -> Decorator:
                 help="A model of its own for the row null [default: the model with the null "
                 "condition].",
             ),
-            click.option(
-                "--encoder-weights",
-                multiple=True,
-                callback=_weights,
-                metavar="imagenet|ENCODER=FILE",
-                help="What encoders begin with: torchvision's ImageNet weights, fetched where they "
-                "are not there; or a file at hand (.pth or .safetensors, as torchvision and timm "
-                "have them) of resnet18 (row res-unet) or vgg16_bn (vgg16-fcn8 and dcan), may be "
-                "given for each [default: from scratch].",
-            ),
+            encoder_weights_option,
             click.option("--t", "timestep", type=int, default=50, show_default=True),
             click.option(
                 "--rows",

@@ -16,11 +16,17 @@ def run_table(
     *,
     jobs: int | None,
     table_only: bool = False,
+    any_weights: bool = False,
     encoder_weights: Mapping[str, str] | None = None,
     unconditional: str | None = None,
     **others: Any,
 ) -> "tuple[TableSettings, list[str]]":
-    """Train and score what is not finished; the settings, and names of runs that failed."""
+    """Train and score what is not finished; the settings, and names of runs that failed.
+
+    Args:
+        any_weights: Take finished networks whatever weights they began with.
+        others: Of ``plan_table``.
+    """
     from pathsegdiff.device import available_cores, resolve_device
     from pathsegdiff.pipeline.tables.make import (
         make_runs,
@@ -39,7 +45,7 @@ def run_table(
         wanted = {name: others[name] for name in ("dataset", "data_root", "model")}
         missing += missing_things(**wanted, **given)
     refuse_missing(table, missing)
-    settings = plan_table(table, **given, **others)
+    settings = plan_table(table, any_weights=any_weights, **given, **others)
     if table_only:
         return settings, []
     refuse_impossible(

@@ -1,9 +1,12 @@
 """Whole files: replaced at once or not at all, and their hashes (standard library only)."""
 
+import gzip
 import hashlib
+import io
 import os
+import tarfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,33 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 def put_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, and have it on the disk."""
     replace_file(path, lambda file: file.write_bytes(content))
+
+
+def write_archive(file: Path, contents: Mapping[str, Path | bytes]) -> int:
+    """Write files into a .tar.gz that depends on their names and bytes alone.
+
+    Args:
+        file: Archive; replaced as a whole.
+        contents: Name in the archive -> file or bytes.
+
+    Returns:
+        Its size in bytes.
+    """
+
+    def write(beside: Path) -> None:
+        with (
+            beside.open("wb") as raw,
+            gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as archive,
+        ):
+            for name, content in contents.items():
+                data = content if isinstance(content, bytes) else content.read_bytes()
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+    replace_file(file, write)
+    return file.stat().st_size
 
 
 def sync(path: Path) -> None:

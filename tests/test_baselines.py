@@ -705,7 +705,7 @@ def test_windows_and_dont_care_train_too(tmp_path):
     assert len(made.parts.train) > 1  # the windows of one image
     found = made.evaluate(tmp_path / "run")
     assert found.scores.num_classes == dataset.scheme.num_classes
-    assert found.interval_unit == "source images"
+    assert (found.sample_unit, found.interval_unit) == ("windows", "source images")
     assert found.objects is None
 
 
@@ -725,6 +725,7 @@ def test_an_evaluation_leaves_what_psd_eval_leaves(dataset, finished):
         "report.html",
     ]
     assert found.scores.miou > 0.8
+    assert (found.sample_unit, found.interval_unit) == ("images", "images")
     metrics = json.loads((found.path / "metrics.json").read_text())
     assert metrics["miou"] == pytest.approx(found.scores.miou)
     assert metrics["intervals"]["miou"]["low"] <= metrics["miou"]

@@ -269,6 +269,7 @@ def test_the_held_out_fold_is_scored_by_default(store, tmp_path):
     run = load_run(tmp_path / "run")
     found = evaluate_run(run, store)
     assert found.path == tmp_path / "run" / "eval-fold1"
+    assert found.sample_unit == "images"  # also where groups are drawn
     rows = json.loads((found.path / "metrics.json").read_text())["images"]
     assert [row["sample_id"] for row in rows] == run.config.samples["held_out"]
     assert not set(run.config.samples["held_out"]) & set(run.config.samples["train"])

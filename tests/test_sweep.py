@@ -31,6 +31,7 @@ from pathsegdiff.pipeline.sweep import (
 )
 from pathsegdiff.pipeline.sweep_table import About, TableRow, cells, varied_axes, write_sweep
 from pathsegdiff.segmentation import train
+from pathsegdiff.segmentation.runs import scored_step
 from tests.helpers_store import build_store
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,19 @@ def test_a_split_that_is_named_is_looked_at_once(store, tmp_path, monkeypatch):
     assert first.scores["miou"] == metrics["miou"]
     monkeypatch.setattr("pathsegdiff.pipeline.sweep.evaluate_run", None)
     assert run_sweep(jobs)[0].scores == pytest.approx(first.scores)
+
+
+def test_figures_of_an_unfinished_head_are_not_those_of_the_finished_one(store, tmp_path):
+    grid = Grid(stores=[store], widths=[8])
+    (job,) = plan_sweep(grid, tmp_path, eval_split="test", **SHORT)
+    scores = run_sweep([job])[0].scores
+    # as `psd eval` leaves them of a run that is still training
+    file = job.out / "eval-test" / "metrics.json"
+    early = json.loads(file.read_text())
+    early["provenance"]["head"]["kept"]["step"] = 1
+    file.write_text(json.dumps({**early, "miou": 0.99}))
+    assert run_sweep([job])[0].scores == pytest.approx(scores)
+    assert scored_step(json.loads(file.read_text())) == 2
 
 
 def test_folds_are_held_out_and_averaged(tmp_path):
@@ -210,6 +224,8 @@ def test_a_head_that_fails_costs_no_other(store, tmp_path, capsys):
     ("options", "message"),
     [
         (["--lr", "much"], "'much' is not a number"),
+        (["--lr", ""], "'' is not a number"),
+        (["--seed", ""], "'' is not a number"),
         (["--taps", "up_99"], "up_99"),
         (["--fold", "0", "--eval-split", "test"], "--eval-split cannot go with --fold"),
         (["--val", "0"], "--val 0 leaves nothing to score"),
@@ -294,6 +310,12 @@ def test_stores_of_other_samples_are_not_compared(store, tmp_path):
     build_store(tmp_path / "more.zarr", train=6, test=2, dtype="float32")
     with pytest.raises(RunError, match=r"do not hold the same samples \(train_4 is in one"):
         plan_sweep(Grid(stores=[store, tmp_path / "more.zarr"]), tmp_path / "swept", **SHORT)
+    # nor is a validation split of others, which scores as much as a split that is named
+    build_store(tmp_path / "tested.zarr", train=4, test=3, dtype="float32")
+    grid = Grid(stores=[store, tmp_path / "tested.zarr"])
+    assert len(plan_sweep(grid, tmp_path / "swept", **SHORT)) == 2
+    with pytest.raises(RunError, match=r"do not hold the same samples \(test_2 is in one"):
+        plan_sweep(grid, tmp_path / "swept", val="test", **SHORT)
 
 
 def test_a_process_that_dies_costs_no_other_head(store, tmp_path, monkeypatch):

@@ -327,10 +327,23 @@ def test_objects_stand_beside_published_objects(folder, tmp_path, quick):
 
 
 def test_a_title_says_what_was_scored(tmp_path):
-    usual = settings_of(tmp_path, tmp_path, dataset_name="glas")
+    usual = settings_of(tmp_path, tmp_path, dataset_name="glas", eval_split="testB")
     assert title_of(usual) == "Table 4: GlaS, glands on testB: ours and the published figures"
     folded = title_of(replace(usual, folds=(0, 1)))
     assert folded == "Table 4: held-out folds of glas, and the published figures"
+    other = title_of(replace(usual, eval_split="testA"))
+    assert other == "Table 4: glas, scored on testA, not testB, and the published figures"
+
+
+def test_a_split_that_is_not_the_papers_is_not_held_against_it(folder, tmp_path, monkeypatch):
+    paper = replace(TABLES["table4"], dataset="discs", split="test")
+    monkeypatch.setitem(TABLES, "table4", paper)
+    compared = "mIoU, ours less paper"
+    for split, is_said in (("test", False), ("other", True)):
+        settings = settings_of(folder, tmp_path / split, eval_split=split)
+        assert (compared not in write(settings)) == is_said
+        table = (tmp_path / split / "table.md").read_text()
+        assert ("Ours were scored on other, the published ones on test" in table) == is_said
 
 
 def test_table_3_is_of_single_classes_and_takes_the_runs_of_table_2(
@@ -476,6 +489,10 @@ def test_random_weights_are_made_in_the_models_shapes(folder, tmp_path, quick):
     make_runs(settings, jobs=1, threads=None, log=lambda line: None)
     assert quick[0][quick[0].index("--out") + 1].endswith("features/random.zarr")
     assert len(collect(settings)[1][-1].runs) == 1
+    digests = (read_card(folder / "micro").sha256, "f" * 64)
+    refuse_others(replace(settings, random_sha256=digests[0]))
+    with pytest.raises(RunError, match="random-seed0 was made with another model of this name"):
+        refuse_others(replace(settings, random_sha256=digests[1]))
     other = replace(settings, random=tmp_path / "none", out=tmp_path / "u")
     with pytest.raises(RunError, match="no preset with the"):
         make_runs(other, jobs=1, threads=None, log=lambda line: None)
@@ -502,7 +519,8 @@ def test_an_unconditional_model_of_its_own_stands_in_the_null_row(folder, tmp_pa
     assert run(["models", "init", *preset]) == 0
     out = tmp_path / "t"
     command = ["reproduce", "table4", "--dataset", str(folder / "data" / "discs.toml")]
-    command += ["--model", str(folder / "micro"), "--seeds", "0", "--jobs", "1", "--out", str(out)]
+    command += ["--model", str(folder / "micro"), "--t", "100", "--seeds", "0", "--jobs", "1"]
+    command += ["--out", str(out)]
     both = [*command, "--rows", "conditioned,null", "--unconditional"]
     assert run([*both, str(tmp_path / "absent")]) == 1
     assert "missing: --unconditional" in capsys.readouterr().err
@@ -516,6 +534,10 @@ def test_an_unconditional_model_of_its_own_stands_in_the_null_row(folder, tmp_pa
     assert "PathSegDiff-uncond: the bundle micro-seed1, conditioned on nothing." in said
     read = json.loads((out / "runs/null-seed0/config.json").read_text())
     assert read["model"]["name"] == "micro-seed1"
+    # their predictions are drawn as they are, by no option more
+    drawn = ["reproduce", "qualitative", *command[2:4], "--out", str(tmp_path / "drawn")]
+    assert run([*drawn, "--runs", str(out), "--count", "1"]) == 0
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} >= {"qualitative.png"}
 
     # rows that do not read it may come without it; the row itself may not change its model
     assert run([*command, "--rows", "conditioned"]) == 0
@@ -556,6 +578,18 @@ def test_networks_begin_with_weights_at_hand_and_their_row_says_so(
         assert run([*command, *asked]) == 1
         assert f"than this asks for ({digest}" in capsys.readouterr().err
     assert run([*command, *weights, "--table-only"]) == 0
+    drawn = ["reproduce", "qualitative", *command[2:4], "--runs", str(out)]
+    drawn += ["--out", str(tmp_path / "drawn"), "--count", "1", "--model", str(folder / "micro")]
+    assert run(drawn) == 0 and run([*drawn, *weights]) == 0
+    assert run([*drawn, "--encoder-weights", f"resnet18={other}"]) == 1
+    assert "than this asks for (sha256" in capsys.readouterr().err
+    # figures of an earlier stage of the same network are made again
+    metrics = out / "runs/res-unet-seed0/eval-test/metrics.json"
+    found = json.loads(metrics.read_text())
+    found["provenance"]["network"]["kept"]["step"] = 1
+    metrics.write_text(json.dumps(found))
+    assert run([*command, *weights]) == 0 and len(quick) == done + 1
+    assert json.loads(metrics.read_text())["provenance"]["network"]["kept"]["step"] == 2
     monkeypatch.setattr(
         "pathsegdiff.pipeline.baselines.imagenet_files.imagenet_file", lambda _: file
     )

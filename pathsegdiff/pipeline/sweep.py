@@ -26,11 +26,13 @@ import torch
 
 from pathsegdiff.config import parse_head_inputs
 from pathsegdiff.device import available_cores, computing_on, keep_freed_memory
-from pathsegdiff.errors import PathSegDiffError, RunError
+from pathsegdiff.errors import MALFORMED, PathSegDiffError, RunError
+from pathsegdiff.evaluation.compare import METRICS_FILE
 from pathsegdiff.features.store import FeatureStore
 from pathsegdiff.interrupt import deferred_interrupt
 from pathsegdiff.segmentation.evaluate import evaluate_run, evaluated_samples
-from pathsegdiff.segmentation.runs import load_run
+from pathsegdiff.segmentation.runs import kept_row, load_run, scored_step
+from pathsegdiff.segmentation.splits import parse_fraction
 from pathsegdiff.segmentation.train import default_run_name, parts_of, plan_settings, train_head
 
 #: What is scored, as metrics.json and log.csv name it.
@@ -183,7 +185,8 @@ def plan_sweep(
             raise RunError(
                 "--val 0 leaves nothing to score; name a fold, or a split with --eval-split"
             )
-        _check_comparable(store, {planned.split, eval_split}, compared)
+        named = planned.val if parse_fraction(planned.val) is None else None
+        _check_comparable(store, {planned.split, named, eval_split}, compared)
         name = default_run_name(store, planned)
         taken = next((job for job in jobs if job.out.name == name), None)
         if taken is not None:
@@ -349,11 +352,12 @@ def _evaluated(job: Job, store: FeatureStore) -> tuple[str, dict[str, float]]:
     run = load_run(job.out, torch.device(job.device))
     part, samples = evaluated_samples(run, store, job.eval_split)
     try:
-        text = (job.out / f"eval-{part}" / "metrics.json").read_text(encoding="utf-8")
+        text = (job.out / f"eval-{part}" / METRICS_FILE).read_text(encoding="utf-8")
         values = json.loads(text)
-        if len(values["images"]) == len(samples):
+        kept = kept_row(run.metadata)["step"]
+        if len(values["images"]) == len(samples) and scored_step(values) == kept:
             return part, {name: float(values[name]) for name in METRICS}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (OSError, *MALFORMED):
         pass  # not there, or not whole: it is made now
     pooled = evaluate_run(run, store, split=job.eval_split).scores
     return part, {name: float(getattr(pooled, name)) for name in METRICS}

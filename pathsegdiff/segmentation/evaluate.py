@@ -29,6 +29,7 @@ from pathsegdiff.segmentation.scoring import (
     Prediction,
     Progress,
     few_note,
+    partial_note,
     score_samples,
     shared_notes,
 )
@@ -154,9 +155,7 @@ def _part_notes(
         step = kept_row(run.metadata).get("step", 0)
         yield f"the training has not finished: this head is the one kept so far, of step {step:.0f}"
     yield from shared_notes(part, samples, run.config.samples, store.samples())
-    planned = [sample for sample in store.registered() if sample.split == part]
-    if len(planned) > len(samples) and not part.startswith("fold"):
-        yield f"only {len(samples)} of the {len(planned)} images of {part} are extracted so far"
+    yield from partial_note(part, samples, store.registered())
     yield from few_note(samples)
 
 

@@ -384,6 +384,16 @@ def kept_row(metadata: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+def scored_step(metrics: Mapping[str, Any]) -> float:
+    """Step of the weights that metrics.json was computed with.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: If it does not say.
+    """
+    made = metrics["provenance"]
+    return float((made.get("head") or made["network"])["kept"]["step"])
+
+
 def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:

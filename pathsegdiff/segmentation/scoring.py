@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from pathsegdiff.evaluation.compare import METRICS_FILE
 from pathsegdiff.evaluation.confusion import PixelScores, confusion_matrix, image_means, scores
 from pathsegdiff.evaluation.intervals import (
     GROUPS,
@@ -47,7 +48,6 @@ from pathsegdiff.evaluation.report import (
 from pathsegdiff.features.store import DatasetCard, StoredSample
 from pathsegdiff.segmentation.splits import source_ids
 
-METRICS_FILE = "metrics.json"
 PER_IMAGE_FILE = "per_image.csv"
 REPORT_FILE = "report.html"
 OVERLAYS_FOLDER = "overlays"
@@ -73,7 +73,7 @@ class Evaluation:
     Attributes:
         path: The folder.
         part: Its name: a split, or "foldN".
-        samples: How many were scored.
+        samples, sample_unit: How many were scored, of what: "images" or "windows".
         scores: Pooled pixel metrics.
         intervals: Of them.
         interval_unit: What the bootstrap draws: "images", "source images" of windows, or, of a
@@ -86,6 +86,7 @@ class Evaluation:
     path: Path
     part: str
     samples: int
+    sample_unit: str
     scores: PixelScores
     intervals: dict[str, Interval]
     interval_unit: str
@@ -250,7 +251,7 @@ def score_samples(
         out / REPORT_FILE,
         ReportContent(
             title=f"{card.title}: {part}",
-            subtitle=f"{len(samples)} images, {subtitle}",
+            subtitle=f"{len(samples)} {_sample_unit(card)}, {subtitle}",
             names=scheme.names,
             colours=scheme.colours,
             scores=pooled,
@@ -270,6 +271,7 @@ def score_samples(
         path=out,
         part=part,
         samples=len(samples),
+        sample_unit=_sample_unit(card),
         scores=pooled,
         intervals=intervals,
         interval_unit=unit,
@@ -321,6 +323,20 @@ def shared_notes(
             f"{len(groups & seen)} of the {len(groups)} groups (patients, cases) of {part} are in "
             "the training part too: a fold by group (--fold) says more about new ones"
         )
+
+
+def partial_note(
+    part: str, samples: Sequence[StoredSample], registered: Sequence[StoredSample]
+) -> Iterator[str]:
+    """A note where a split is scored of which not all is extracted.
+
+    Args:
+        part, samples: What is scored; a fold is of what there was when it was put aside.
+        registered: The samples that the store is meant to hold.
+    """
+    planned = sum(sample.split == part for sample in registered)
+    if planned > len(samples) and not part.startswith("fold"):
+        yield f"only {len(samples)} of the {planned} images of {part} are extracted so far"
 
 
 def few_note(samples: Sequence[StoredSample]) -> Iterator[str]:
@@ -414,7 +430,12 @@ def _interval_groups(
     if card.rule.kind != "window":
         return None, IMAGES
     sources = source_ids(samples, card)
-    return (sources, "source images") if len(set(sources)) > 1 else (None, "windows")
+    return (sources, "source images") if len(set(sources)) > 1 else (None, _sample_unit(card))
+
+
+def _sample_unit(card: DatasetCard) -> str:
+    """What one sample is."""
+    return "windows" if card.rule.kind == "window" else IMAGES
 
 
 def _caption(row: dict[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""Files for a journey: one compressed tar, and the same cut into parts of bounded size.
+"""Files after a journey: a compressed tar, and the same cut into parts of bounded size.
 
     NAME.json                        bytes and sha256 of every part; written last
     NAME-00.bin, NAME-01.bin, ...    a .tar.gz, cut
@@ -15,7 +15,6 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,33 +30,6 @@ _PLAIN_FILE = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _MOST_SWELLING, _MOST_BYTES, _MOST_PARTS = 16, 4 << 30, 100
 _MAX_INDEX_BYTES = 1 << 20
 _CHUNK = 1 << 20
-
-
-def write_archive(file: Path, contents: Mapping[str, Path | bytes]) -> int:
-    """Write files into a .tar.gz that depends on their names and bytes alone.
-
-    Args:
-        file: Archive; replaced as a whole.
-        contents: Name in the archive -> file or bytes.
-
-    Returns:
-        Its size in bytes.
-    """
-
-    def write(beside: Path) -> None:
-        with (
-            beside.open("wb") as raw,
-            gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as packed,
-            tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as archive,
-        ):
-            for name, content in contents.items():
-                data = content if isinstance(content, bytes) else content.read_bytes()
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-
-    replace_file(file, write)
-    return file.stat().st_size
 
 
 def read_archive(stream: IO[bytes], size: int, folder: Path, where: str) -> None:

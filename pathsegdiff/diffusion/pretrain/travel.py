@@ -27,17 +27,12 @@ from pathsegdiff.diffusion.bundle import CARD_FILE, Bundle, load_bundle, writing
 from pathsegdiff.diffusion.presets import Preset
 from pathsegdiff.diffusion.pretrain.images import INDEX_FILE, INDEX_KIND, PoolImage
 from pathsegdiff.diffusion.pretrain.loop import CHECKPOINT_FILE, LOG_FILE, SETTINGS_FILE
-from pathsegdiff.diffusion.pretrain.parcel import (
-    read_archive,
-    read_parts,
-    write_archive,
-    write_parts,
-)
+from pathsegdiff.diffusion.pretrain.parcel import read_archive, read_parts, write_parts
 from pathsegdiff.diffusion.pretrain.plans import PARTS
 from pathsegdiff.diffusion.pretrain.run import FACTS_FILE, WEIGHTS_FILE
 from pathsegdiff.diffusion.pretrain.small_state import expand, half, shrink
 from pathsegdiff.errors import DataError, RunError
-from pathsegdiff.files import replace_file
+from pathsegdiff.files import replace_file, write_archive
 from pathsegdiff.tensors import load_tensors
 
 logger = logging.getLogger(__name__)

@@ -58,10 +58,7 @@ from pathsegdiff.segmentation.runs import (
     write_json,
 )
 from pathsegdiff.segmentation.sampling import prefetch
-from pathsegdiff.segmentation.scoring import (
-    Evaluation,
-    Prediction,
-)
+from pathsegdiff.segmentation.scoring import Evaluation, Prediction, partial_note
 from pathsegdiff.segmentation.scoring import Progress as ScoringProgress
 from pathsegdiff.segmentation.splits import divide
 from pathsegdiff.segmentation.train import KEEPS, checked_class_weights
@@ -259,7 +256,10 @@ class DDPMSeg:
             evaluated=self.evaluated,
             samples=self.samples,
             device=device,
-            notes=random_weights_note(self.model),
+            notes=(
+                *random_weights_note(self.model),
+                *partial_note(self.part, self.evaluated, self.stores[0].registered()),
+            ),
             sources={
                 "features": [
                     {
@@ -381,7 +381,7 @@ class _Training(TrainingLoop[tuple[Tensor, Tensor]]):
         return self.pixels[index].float(), self.labels[index]
 
     def loss_of(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean of the members' losses, each of its own batch."""
+        """The sum of the members' losses, each of its own batch: they train as if alone."""
         pixels, labels = (part.to(self.device) for part in batch)
         logits = self.network(pixels)
         losses = [

@@ -15,7 +15,7 @@ from pathsegdiff.errors import MALFORMED, RunError
 from pathsegdiff.pipeline.baselines.ddpmseg import TIMESTEPS
 from pathsegdiff.pipeline.baselines.runs import weights_sha256
 from pathsegdiff.pipeline.tables.rows import ROWS, Job, TableSettings
-from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE, write_json
+from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE, scored_step, write_json
 
 #: In the table's folder.
 SIGNATURE_FILE = "settings.json"
@@ -39,9 +39,21 @@ _SETTINGS = {
 
 
 def is_finished(settings: TableSettings, job: Job) -> bool:
-    """Whether a run was trained to its end and scored."""
-    result = settings.run(job) / RESULT_FILE
-    return result.exists() and settings.metrics(job).exists()
+    """Whether a run was trained to its end and scored after that.
+
+    Of files that cannot be read as what they should be it says that they are there: whoever reads
+    them says what is wrong.
+    """
+    try:
+        result, metrics = (
+            json.loads(file.read_text(encoding="utf-8"))
+            for file in (settings.run(job) / RESULT_FILE, settings.metrics(job))
+        )
+        return bool(result["kept"]["step"] == scored_step(metrics))
+    except OSError:
+        return False
+    except MALFORMED:
+        return True
 
 
 def known_signature(out: Path) -> dict[str, Any] | None:
@@ -71,8 +83,11 @@ def write_signature(settings: TableSettings) -> None:
     write_json(settings.folder / SIGNATURE_FILE, {**known, **found})
 
 
-def refuse_others(settings: TableSettings) -> None:
+def refuse_others(settings: TableSettings, *, any_weights: bool = False) -> None:
     """Hold what is in a table's folder against what is asked for.
+
+    Args:
+        any_weights: Take networks whatever weights they began with.
 
     Raises:
         RunError: If the folder or a finished run was made with something else.
@@ -88,8 +103,9 @@ def refuse_others(settings: TableSettings) -> None:
             _refuse_other_settings(settings, job, config)
             _refuse_another_dataset(settings, job, config)
             _refuse_another_model(settings, job, config)
-            file = settings.weights_of(job.row)
-            _refuse_other_weights(settings, job, config, None if file is None else digest(file))
+            if not any_weights:
+                file = settings.weights_of(job.row)
+                _refuse_other_weights(settings, job, config, None if file is None else digest(file))
             precision = config["settings"].get("precision")
         except MALFORMED:
             continue  # the table will say that it is damaged
@@ -221,7 +237,9 @@ def _refuse_another_model(settings: TableSettings, job: Job, config: dict[str, A
     ours = settings.model_sha256
     if kind == "none" and settings.unconditional is not None:
         ours = settings.unconditional_sha256
-    if kind != "random" and None not in (ours, theirs) and theirs != ours:
+    if kind == "random":
+        ours = settings.random_sha256
+    if None not in (ours, theirs) and theirs != ours:
         raise RunError(
             f"{run} was made with another model of this name: sha256 {theirs!s:.12}, this asks "
             f"for {ours!s:.12}; choose another --out"

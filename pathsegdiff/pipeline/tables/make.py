@@ -146,11 +146,13 @@ def plan_table(
     random: Path | None = None,
     unconditional: str | None = None,
     rows: tuple[str, ...],
+    any_weights: bool = False,
     **others: Any,
 ) -> TableSettings:
     """Fill in what data set and model decide: names, splits, the bundle of random weights.
 
     Args:
+        any_weights: As for ``refuse_others``.
         others: Further fields of ``TableSettings``.
 
     Raises:
@@ -183,6 +185,7 @@ def plan_table(
             )
             if null is None:
                 raise
+    random = random or Path("models") / f"{preset}-random"
     settings = TableSettings(
         table=table,
         dataset=dataset,
@@ -194,16 +197,25 @@ def plan_table(
         model=model,
         model_name=name,
         has_encoder=sees,
-        random=random or Path("models") / f"{preset}-random",
+        random=random,
         unconditional=unconditional,
         unconditional_name=null,
         model_sha256=digest,
         unconditional_sha256=null_digest,
+        random_sha256=_digest_of(random) if "random" in rows else None,
         rows=rows,
         **others,
     )
-    refuse_others(settings)
+    refuse_others(settings, any_weights=any_weights)
     return settings
+
+
+def _digest_of(bundle: Path) -> str | None:
+    """Of its weights, as its card says; None where there is none yet."""
+    try:
+        return read_card(bundle).sha256
+    except BundleError:
+        return None
 
 
 def refuse_impossible(

@@ -10,12 +10,13 @@ import numpy as np
 from pathsegdiff.data.image import read_label_image
 from pathsegdiff.data.manifest import Dataset
 from pathsegdiff.errors import MALFORMED, RunError
+from pathsegdiff.evaluation.compare import METRICS_FILE
 from pathsegdiff.evaluation.overlays import background_class, comparison
 from pathsegdiff.evaluation.pictures import save_picture
 from pathsegdiff.pipeline.page import number, write_table
 from pathsegdiff.pipeline.tables.finished import known_signature
 from pathsegdiff.pipeline.tables.rows import ROWS, Job
-from pathsegdiff.segmentation.scoring import METRICS_FILE, PREDICTIONS_FOLDER
+from pathsegdiff.segmentation.scoring import PREDICTIONS_FOLDER
 
 PICTURE_FILE = "qualitative.png"
 

@@ -13,8 +13,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from pathsegdiff.diffusion.pretrain.parcel import write_archive
 from pathsegdiff.errors import MALFORMED, RunError
+from pathsegdiff.files import write_archive
 from pathsegdiff.pipeline.baselines.pilots import PILOTS_FILE, pilot_runs
 from pathsegdiff.pipeline.tables.finished import SIGNATURE_FILE, is_finished
 from pathsegdiff.pipeline.tables.rows import Job, TableSettings

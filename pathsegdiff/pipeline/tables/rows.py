@@ -164,7 +164,8 @@ class TableSettings:
             the null condition.
         unconditional_name: As its card says.
         encoder_weights: Files of ``ENCODERS`` that networks on images begin with.
-        model_sha256, unconditional_sha256: Of the bundles, None where one is not there.
+        model_sha256, unconditional_sha256, random_sha256: Of the bundles, None where one is not
+            there.
         timestep: Of the features.
         rows: Names of ``ROWS``.
         seeds, folds, limits: Every combination is run; no fold for the evaluated split. What is
@@ -194,6 +195,7 @@ class TableSettings:
     encoder_weights: Mapping[str, Path] = field(default_factory=dict)
     model_sha256: str | None = None
     unconditional_sha256: str | None = None
+    random_sha256: str | None = None
     timestep: int = 50
     rows: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -127,6 +127,9 @@ def title_of(settings: TableSettings) -> str:
     number = table.title.split(":", 1)[0]
     if settings.dataset_name == table.dataset and settings.folds:
         return f"{number}: held-out folds of {table.dataset}, and the published figures"
+    if _is_another_split(settings):
+        scored = f"{table.dataset}, scored on {settings.eval_split}, not {table.split}"
+        return f"{number}: {scored}, and the published figures"
     if settings.dataset_name == table.dataset:
         return f"{table.title}: ours and the published figures"
     return f"{number} on {settings.dataset_name}, not {table.dataset}: a stand-in"
@@ -156,6 +159,11 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
         notes.append(
             f"Ours were made on {settings.dataset_name}, not on {table.dataset}: they do not "
             "compare with the published figures."
+        )
+    if _is_another_split(settings):
+        notes.append(
+            f"Ours were scored on {settings.eval_split}, the published ones on {table.split}: they "
+            "do not compare."
         )
     if settings.folds:
         notes.append(
@@ -301,7 +309,7 @@ def _images(config: dict[str, Any]) -> int:
 
 def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> list[list[str]]:
     few = settings.limits != (None,)
-    other = settings.dataset_name != TABLES[settings.table].dataset
+    other = settings.dataset_name != TABLES[settings.table].dataset or _is_another_split(settings)
     plotted = columns.titles[columns.plotted]
     kinds = ("ours", "paper") if columns.fits(TABLES[settings.table]) else ("ours",)
     lines = [
@@ -342,6 +350,13 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
             ]
         )
     return lines
+
+
+def _is_another_split(settings: TableSettings) -> bool:
+    """Whether ours are of the paper's data set, but of another split than the published ones."""
+    table = TABLES[settings.table]
+    official = settings.dataset_name == table.dataset and not settings.folds
+    return official and settings.eval_split != table.split
 
 
 def _drawn(settings: TableSettings) -> str:
