@@ -112,14 +112,15 @@ def test_a_split_that_is_named_is_looked_at_once(store, tmp_path, monkeypatch):
 def test_figures_of_an_unfinished_head_are_not_those_of_the_finished_one(store, tmp_path):
     grid = Grid(stores=[store], widths=[8])
     (job,) = plan_sweep(grid, tmp_path, eval_split="test", **SHORT)
-    scores = run_sweep([job])[0].scores
+    found = run_sweep([job])[0]
     # as `psd eval` leaves them of a run that is still training
     file = job.out / "eval-test" / "metrics.json"
     early = json.loads(file.read_text())
-    early["provenance"]["head"]["kept"]["step"] = 1
+    assert scored_step(early) == found.kept_step
+    early["provenance"]["head"]["kept"]["step"] = 0
     file.write_text(json.dumps({**early, "miou": 0.99}))
-    assert run_sweep([job])[0].scores == pytest.approx(scores)
-    assert scored_step(json.loads(file.read_text())) == 2
+    assert run_sweep([job])[0].scores == pytest.approx(found.scores)
+    assert scored_step(json.loads(file.read_text())) == found.kept_step
 
 
 def test_folds_are_held_out_and_averaged(tmp_path):
