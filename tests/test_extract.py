@@ -165,6 +165,7 @@ def test_a_store_grows_with_its_data_set_and_a_renamed_class_changes_nothing(
     manifest.write_text(manifest.read_text().replace('"disc"', '"gland"'))
     result = extract(manifest, bundle, tmp_path / "s.zarr")
     assert (result.written, result.skipped) == (1, 2)
+    assert FeatureStore.open(tmp_path / "s.zarr").card.scheme.names[1] == "gland"
     manifest.write_text(manifest.read_text().replace("codes = [0]", "codes = [0, 7]"))
     with pytest.raises(StoreError, match="made with dataset_sha256"):
         extract(manifest, bundle, tmp_path / "s.zarr")

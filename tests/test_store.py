@@ -10,7 +10,7 @@ import tracemalloc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from pathsegdiff.features.seal import sealed, unsealed
 from pathsegdiff.features.shards import ShardFormat, read_shard
 from pathsegdiff.features.store import FeatureStore, checksum
 from pathsegdiff.features.verify import verify_sample, verify_store
-from pathsegdiff.features.writer import open_existing
+from pathsegdiff.features.writer import open_existing, put_metadata_back
+from tests import helpers_store
 from tests.helpers_hostile import change_json, change_sealed, reseal
 from tests.helpers_store import (
     GLANDS,
@@ -174,8 +175,6 @@ def test_a_second_extraction_appends_and_keeps_what_is_there(tmp_path):
 
 
 def test_a_sample_that_changed_its_split_is_listed_in_the_new_one(tmp_path):
-    from dataclasses import replace
-
     path = Path(build_store(tmp_path / "s.zarr", train=2, test=1).path)
     first, second = make_samples(2, 0)
     with open_writer(path) as writer:
@@ -185,6 +184,37 @@ def test_a_sample_that_changed_its_split_is_listed_in_the_new_one(tmp_path):
     assert [sample.sample_id for sample in store.samples("test")] == ["train_1", "test_0"]
     assert store.samples("test")[0].group == "other"
     assert store.label(store.samples("test")[0]).shape == (64, 64)
+
+
+def test_names_and_splits_become_those_of_the_manifest(tmp_path, monkeypatch):
+    path = Path(build_store(tmp_path / "s.zarr", train=2, test=1).path)
+    before = FeatureStore.open(path)
+    card, level = before.card, next(iter(before.levels))
+    values = before.read_level(before.samples()[0], level)
+
+    def renamed(**others):
+        classes = tuple(
+            replace(entry, name=f"{entry.name}_2", colour=(1, 2, number))
+            for number, entry in enumerate(card.scheme.classes)
+        )
+        scheme = replace(card.scheme, classes=classes, objects=classes[1].name)
+        return replace(card, scheme=scheme, default_eval="train", title="Other", **others)
+
+    monkeypatch.setattr(helpers_store, "make_card", lambda *_: renamed(typical_source_px=(9, 9)))
+    with open_writer(path) as writer:
+        assert [sample.index for sample in writer.register(make_samples(3, 1))] == [0, 1, 3, 2]
+    after = FeatureStore.open(path)
+    assert after.card == renamed()  # sizes stay as they were
+    assert after.fingerprint == before.fingerprint
+    np.testing.assert_array_equal(after.read_level(after.samples()[0], level), values)
+    assert verify_store(after) == []
+    content = (path / "zarr.json").read_bytes()
+    with open_writer(path):
+        assert (path / "zarr.json").read_bytes() == content
+    # the second copy has them too
+    (path / "zarr.json").unlink()
+    put_metadata_back(path)
+    assert FeatureStore.open(path).card == renamed()
 
 
 #: Every field of a recipe with another value than the one it was made with.

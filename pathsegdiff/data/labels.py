@@ -153,6 +153,12 @@ class LabelScheme:
         """RGB of the K classes, without don't care."""
         return tuple(entry.colour for entry in self.classes)
 
+    def meaning(self) -> tuple[Any, ...]:
+        """What decides the labels: everything but names and colours."""
+        objects = None if self.objects is None else self.names.index(self.objects)
+        dont_care = None if self.dont_care is None else self.dont_care.codes
+        return tuple(entry.codes for entry in self.classes), dont_care, objects
+
     def apply(self, raw: np.ndarray, where: str) -> np.ndarray:
         """Turn raw codes into class ids.
 

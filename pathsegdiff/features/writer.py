@@ -6,6 +6,8 @@ disk after everything that it lists.
 """
 
 import contextlib
+import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +54,10 @@ from pathsegdiff.features.store import (
 from pathsegdiff.files import put_bytes, sync, sync_below
 from pathsegdiff.locks import alone_in
 
+_logger = logging.getLogger(__name__)
+
+#: The group's own metadata.
+GROUP_KEY = "zarr.json"
 #: Seconds that others may need to make a store, or to register their samples.
 _LOCK_SECONDS = 60
 #: How to ask for what an existing store was made with.
@@ -117,6 +123,9 @@ class StoreWriter:
     ) -> "StoreWriter":
         """Create a store, or continue one that was made with the same recipe.
 
+        What the recipe does not depend on (titles, names and colours of classes, which splits are
+        for what) becomes that of ``card``; the sizes of its images stay as they were.
+
         Raises:
             StoreError: If it was made with other settings (naming the field, both values and the
                 option), is no store, is damaged, or another process keeps it locked.
@@ -131,7 +140,28 @@ class StoreWriter:
         writer = cls(path, open_group(path, "r+"))
         check_recipe(writer.store, recipe)
         writer.store.check_arrays()
+        writer._renew(card)
         return writer
+
+    def _renew(self, card: DatasetCard) -> None:
+        """Keep the card as the manifest is now."""
+        known = self.store.card
+        now = replace(
+            card,
+            source_mpp=known.source_mpp,
+            typical_source_px=known.typical_source_px,
+            largest_source_px=known.largest_source_px,
+        )
+        same = now.scheme.meaning() == known.scheme.meaning() and now.rule == known.rule
+        if now == known or not same:
+            return
+        _logger.info("%s: names, colours and splits are now those of the manifest", self.path)
+        with _locked(self.path):
+            self._reload()
+            self._list(self.store.registered(), now)
+            self._keep_copy()
+        self._group = open_group(self.path, "r+")
+        self.store = FeatureStore(self.path, self._group)
 
     def register(self, samples: Sequence[StoredSample]) -> list[StoredSample]:
         """Give each sample its index; known ones keep theirs, new ones are appended.
@@ -170,8 +200,8 @@ class StoreWriter:
         self.store.check_metadata()
         return keep_copy(self.path, self.store.metadata_keys)
 
-    def _list(self, table: Sequence[StoredSample]) -> None:
-        """Make room for every sample of the table, then write it.
+    def _list(self, table: Sequence[StoredSample], card: DatasetCard | None = None) -> None:
+        """Make room for every sample of the table, then write it; a card too, if one is given.
 
         The table says beforehand what the arrays' metadata will be, so that it fits them whenever
         this is broken off.
@@ -182,6 +212,10 @@ class StoreWriter:
             # What zarr's resize does, but on the disk before the old file is gone.
             key = f"{name}/zarr.json"
             after[key] = resized(before[key], len(table))
+        if card is not None:
+            values = json.loads(before[GROUP_KEY])
+            values["attributes"][ATTRIBUTE]["dataset"] = card.to_dict()
+            after[GROUP_KEY] = json.dumps(values, indent=2).encode()
         both = {key: [checksum(before[key]), checksum(after[key])] for key in after}
         self._put_table(self.store.registered(), both)
         # Arrays first: rows without a name are harmless, a name without a row is not.

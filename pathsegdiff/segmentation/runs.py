@@ -282,7 +282,7 @@ def check_fits(run: Run, store: FeatureStore) -> None:
             f"{store.path} has {_short(theirs[field_name])}{rest}; use the store that it was "
             f"trained on ({run.config.store_path}), or train on this one"
         )
-    if run.config.card.scheme != store.card.scheme:
+    if run.config.card.scheme.meaning() != store.card.scheme.meaning():
         raise RunError(f"{run.path} was trained on other classes than {store.path} holds")
     stored = {
         tap.name: (level.name, tap.stop - tap.start)
