@@ -262,7 +262,7 @@ def show_report(report: "CheckReport") -> None:
             click.echo(f"  {finding.kind}: {finding.message}")
         if len(split.findings) > _FINDINGS_SHOWN:
             click.echo(f"  ... and {len(split.findings) - _FINDINGS_SHOWN} more")
-    if not report.whole:
+    if not report.whole and report.manifest.root is None:
         click.echo(f"`psd data show {_shown_name(report.manifest)}` says where to get it.")
 
 

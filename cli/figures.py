@@ -6,7 +6,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from cli.options import PATH, Decorator, decorated, numbers, seed_numbers
+from cli.options import PATH, Decorator, decorated, numbers, rate_numbers, seed_numbers
 from cli.table_options import TABLE_ROWS, common_options, encoder_weights_option, names
 from cli.table_runs import refuse_failed, refuse_missing, run_table
 
@@ -195,13 +195,13 @@ def _curve(
     """Extract what is not cached, then compare heads, both by a user's commands."""
     from cli.main import run_within
     from pathsegdiff.data.manifest import open_dataset
-    from pathsegdiff.diffusion.bundle import read_card, resolve_bundle
+    from pathsegdiff.diffusion.bundle import check_timestep, read_card, resolve_bundle
     from pathsegdiff.pipeline.tables.curves import about, extraction_command, sweep_command
     from pathsegdiff.pipeline.tables.make import missing_things, refuse_impossible
 
     # Before hours of extraction, not after.
     seed_numbers(seeds, "--seeds")
-    numbers(lr, float, "--lr")
+    rate_numbers(lr, "--lr")
     held_out = numbers(folds, int, "--folds")
     timesteps = tuple(numbers(t, int, "--t"))
     refuse_missing(name, missing_things(dataset, data_root, model, ("conditioned",)))
@@ -210,7 +210,10 @@ def _curve(
     if folds is None and opened.name == "glas":
         folds, held_out = "0,1,2,3", [0, 1, 2, 3]
     refuse_impossible(dataset, data_root, train_split=split, eval_split=None, folds=held_out)
-    called = opened.name, read_card(resolve_bundle(model)).name
+    card = read_card(resolve_bundle(model))
+    for timestep in timesteps:
+        check_timestep(card, timestep)
+    called = opened.name, card.name
     extraction, stores = extraction_command(
         dataset,
         data_root,

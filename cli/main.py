@@ -39,7 +39,7 @@ _SHORT_HELP = {
     "train-head": "Train the segmentation head from a store (stage 2).",
     "eval": "Score a trained head: metrics, intervals, overlays (stage 2).",
     "compare": "Two scored runs, image by image, with paired intervals.",
-    "predict": "Segment image files of any size.",
+    "predict": "Segment image files of any size but whole slides.",
     "pretrain": "Train a diffusion model of your own.",
     "models": "Model bundles: list, show, pull, import, init.",
     "data": "Data sets: what is needed, where from, is it whole.",

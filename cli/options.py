@@ -1,5 +1,6 @@
 """Options that several commands share, so that they read the same everywhere."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -200,6 +201,19 @@ def numbers(text: str | None, kind: Callable[[str], Number], option: str) -> lis
         raise click.BadParameter(
             f"{text!r} is not a number, or numbers with commas between", param_hint=option
         ) from None
+
+
+def rate_numbers(text: str | None, option: str) -> list[float]:
+    """``numbers`` that can be learning rates.
+
+    Raises:
+        click.BadParameter: If one of them is no number above 0.
+    """
+    found: list[float] = numbers(text, float, option)
+    for rate in found:
+        if not 0 < rate < math.inf:
+            raise click.BadParameter(f"must be a number above 0, got {rate:g}", param_hint=option)
+    return found
 
 
 def seed_numbers(text: str | None, option: str) -> list[int]:

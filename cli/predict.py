@@ -32,7 +32,7 @@ def predict(
     device: str,
     images: tuple[Path, ...],
 ) -> None:
-    """Segment image files of any size; writes STEM_mask.png and STEM_overlay.png.
+    """Segment image files of up to half a gigapixel; writes STEM_mask.png and STEM_overlay.png.
 
     \b
     Example:

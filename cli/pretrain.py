@@ -1,5 +1,6 @@
 """``psd pretrain``: a diffusion model of one's own."""
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +102,8 @@ def pretrain(
     from pathsegdiff.diffusion.pretrain.plans import PARTS, plan_of
     from pathsegdiff.diffusion.pretrain.run import LoopOptions, Pretraining
 
+    if minutes is not None and not math.isfinite(minutes):  # click lets nan pass
+        raise click.BadParameter(f"must be a number above 0, got {minutes}", param_hint="--minutes")
     until = None if minutes is None else time.monotonic() + 60 * minutes
     if part == "all":
         check_new_folder(out)

@@ -13,6 +13,7 @@ from cli.options import (
     is_quiet,
     numbers,
     precision_option,
+    rate_numbers,
     seed_numbers,
 )
 
@@ -116,7 +117,7 @@ def sweep(
     grid = Grid(
         stores=stores,
         taps=list(dict.fromkeys(wanted)),
-        learning_rates=numbers(lr, float, "--lr"),
+        learning_rates=rate_numbers(lr, "--lr"),
         widths=numbers(widths, int, "--head-width") or [None],
         limits=numbers(limits, int, "--limit-images") or [None],
         folds=numbers(folds, int, "--fold") or [None],

@@ -262,6 +262,10 @@ def test_weights_that_do_not_fit_or_run_code_are_refused(dataset, tmp_path):
     for name in ("resnet.pth", "text.pth", "text.safetensors", "evil.pth", "list.pth"):
         with pytest.raises(RunError, match=f"--encoder-weights .*{name} does not fit vgg16_bn"):
             build_network("vgg16-fcn8", 2, seed=0, encoder_weights=tmp_path / name)
+    for name in ("text.pth", "evil.pth"):
+        with pytest.raises(RunError, match="it is no file of tensors alone; give") as error:
+            build_network("vgg16-fcn8", 2, seed=0, encoder_weights=tmp_path / name)
+        assert "weights_only" not in str(error.value)
     with pytest.raises(RunError, match="cannot be read: No such file"):
         plan_baseline(dataset, "vgg16-fcn8", encoder_weights=tmp_path / "absent.pth")
 

@@ -12,6 +12,12 @@ def common(tmp_path):
     return ["--preset", "micro", "--images", "demo", "--steps", "2", "--out", out]
 
 
+@pytest.mark.parametrize("minutes", ["nan", "inf", "0"])
+def test_a_time_limit_that_is_none_is_refused(common, tmp_path, minutes):
+    assert run(["pretrain", "all", *common, "--minutes", minutes]) == 2
+    assert not any(tmp_path.iterdir())
+
+
 def test_all_makes_a_bundle_and_a_time_limit_stops_it_in_between(common, tmp_path, capsys):
     assert run(["pretrain", "all", *common, "--minutes", "1e-6"]) == 0
     assert "the same command goes on" in capsys.readouterr().out

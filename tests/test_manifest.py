@@ -605,6 +605,7 @@ def test_an_unknown_split_in_a_row_is_refused(tmp_path):
     [
         ("", r"lacks the column sample_id; needed are sample_id, image, mask, split, group"),
         ("sample_id,image,mask,split\n", "lacks the column group"),
+        ("sample_id;image;mask;split;group\na;b;c;d;e\n", "has ';' between its columns; save"),
         ("sample_id,image,mask,split,group\n", "lists no images"),
         ("sample_id,image,mask,split,group,group\n", "a column stands twice"),
         ("sample_id,image,mask,split,group\na,b.png\n", "line 2: 2 fields, the header has 5"),

@@ -96,9 +96,9 @@ def test_a_data_set_comes_before_a_folder_of_its_name(tmp_path, monkeypatch, cap
         assert len(find_images([folder])) == 2
 
 
-@pytest.mark.parametrize("source", ["nowhere", "nowhere@2", "@"])
+@pytest.mark.parametrize("source", ["nowhere", "nowhere@2", "@", "no/where/", "tests@abc"])
 def test_a_source_that_is_not_there_is_one_line(source):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=f"--images {source}: there is no such folder") as error:
         open_pool([source])
     assert "\n" not in str(error.value)
 

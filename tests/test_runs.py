@@ -75,6 +75,9 @@ def test_a_run_that_is_not_there_is_named(tmp_path):
 
 def test_a_run_without_a_head_is_named(copy):
     (copy / "head.safetensors").unlink()
+    with pytest.raises(RunError, match=r"has finished, but its head.safetensors is not there"):
+        load_run(copy)
+    (copy / "result.json").unlink()
     with pytest.raises(RunError, match=r"has no head.safetensors yet; continue it"):
         load_run(copy)
 

@@ -222,6 +222,8 @@ def test_a_tap_that_the_store_lacks_is_named(tmp_path):
     store = build_store(tmp_path / "few.zarr", train=1, test=0, tap_specs=TAPS[:4])
     with pytest.raises(RunError, match=r"has no tap up_11; choose --taps among middle, up_00"):
         head_levels(store, ("middle", "up_11"))
+    with pytest.raises(RunError, match=r"holds no tokens .* extract with `psd extract --tokens`"):
+        head_levels(store, ("middle", "tokens"))
 
 
 def test_every_sample_is_seen_once_per_epoch(store):

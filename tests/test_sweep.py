@@ -225,6 +225,7 @@ def test_a_head_that_fails_costs_no_other(store, tmp_path, capsys):
     ("options", "message"),
     [
         (["--lr", "much"], "'much' is not a number"),
+        (["--lr", "1e-3,0"], "must be a number above 0, got 0"),
         (["--lr", ""], "'' is not a number"),
         (["--seed", ""], "'' is not a number"),
         (["--taps", "up_99"], "up_99"),

@@ -691,6 +691,10 @@ def test_options_that_cannot_be_are_refused(options, message, capsys):
         (["fig4", "--t", "50,x"], "'50,x' is not a number"),
         (["fig5", "--seeds", "zero"], "'zero' is not a number"),
         (["table5", "--lr", "1e-3,abc"], "'1e-3,abc' is not a number"),
+        (["table5", "--lr", "1e-3,0"], "must be a number above 0, got 0"),
+        (["table5", "--lr", ""], "'' is not a number"),
+        (["fig4", "--t", "50,1000"], "t must be in [0, 999] for model micro"),
+        (["table4", "--rows", "null", "--t", "5000"], "t must be in [0, 999] for model micro"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_extracted(

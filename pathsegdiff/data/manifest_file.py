@@ -321,6 +321,11 @@ def _read_sources(path: Path, splits: Sequence[str]) -> tuple[Source, ...]:
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
     missing = [column for column in REQUIRED_COLUMNS if column not in header]
+    other = next((mark for mark in ";\t" if len(header) == 1 and mark in header[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{shown(path)} has {other!r} between its columns; save it with commas between them"
+        )
     if missing:
         raise DataError(
             f"{shown(path)} lacks the column {missing[0]}; needed are {', '.join(REQUIRED_COLUMNS)}"

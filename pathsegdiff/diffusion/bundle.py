@@ -459,6 +459,13 @@ def read_card(folder: Path) -> ModelCard:
     return ModelCard.from_dict(read_json(folder / CARD_FILE), str(folder / CARD_FILE))
 
 
+def check_timestep(card: ModelCard, timestep: int) -> None:
+    """Raise ConfigError unless a timestep lies in a model's schedule."""
+    last = card.schedule.timesteps - 1
+    if not 0 <= timestep <= last:
+        raise ConfigError(f"t must be in [0, {last}] for model {card.name}, got {timestep}")
+
+
 def has_encoder(folder: Path) -> bool:
     """Whether the model of a bundle can be conditioned on patches.
 

@@ -250,7 +250,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> Run:
     config = read_config(path)
     file = path / HEAD_FILE
     if not file.is_file():
-        raise RunError(f"{path} has no {HEAD_FILE} yet; continue it with `psd train-head`")
+        raise no_weights(path, HEAD_FILE, "psd train-head")
     channels = sum(level.channels for level in config.levels)
     size = 4 * head_parameters(channels, config.num_outputs, config.head_width)
     if size > file.stat().st_size + _MOST_SURPLUS:  # before a head of any size is made
@@ -382,6 +382,16 @@ def kept_row(metadata: Mapping[str, str]) -> dict[str, Any]:
         except ValueError:  # safetensors' own keys are no numbers
             continue
     return found
+
+
+def no_weights(path: Path, file: str, command: str) -> RunError:
+    """The error of a run without weights: in training still, or unpacked from a table's records."""
+    if (path / RESULT_FILE).exists():
+        return RunError(
+            f"{path} has finished, but its {file} is not there (a table's records hold no "
+            f"weights); train it again into another --out with `{command}`"
+        )
+    return RunError(f"{path} has no {file} yet; continue it with `{command}`")
 
 
 def scored_step(metrics: Mapping[str, Any]) -> float:

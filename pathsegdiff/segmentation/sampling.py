@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from pathsegdiff.config import HEAD_INPUTS
+from pathsegdiff.config import HEAD_INPUTS, TOKENS
 from pathsegdiff.errors import RunError
 from pathsegdiff.features.store import FeatureStore, StoredSample
 from pathsegdiff.grid import patchwise_matrix
@@ -84,6 +84,11 @@ def head_levels(store: FeatureStore, taps: Sequence[str] | None = None) -> tuple
     wanted = [name for name in HEAD_INPUTS if name in taps]
     missing = [name for name in wanted if name not in stored]
     if missing:
+        if missing[0] == TOKENS:
+            raise RunError(
+                f"{store.path} holds no tokens of the encoder; extract with `psd extract --tokens` "
+                "into another --out"
+            )
         kept = ", ".join(name for name in HEAD_INPUTS if name in stored)
         raise RunError(f"{store.path} has no tap {missing[0]}; choose --taps among {kept}")
     found = []

@@ -185,7 +185,13 @@ def find_images(sources: Sequence[str], *, data_root: Path | None = None) -> lis
     for source in sources:
         name, scale = _split_scale(source)
         path = Path(name)
-        if name in list_manifests() or not path.is_dir():
+        known = name in list_manifests()
+        if not (known or path.is_dir() or path.suffix == ".toml"):
+            raise DataError(
+                f"--images {source}: there is no such folder, nor a data set of that name "
+                f"({', '.join(list_manifests())}); a scale stands behind @, as in DIR@2"
+            )
+        if known or not path.is_dir():
             if path.is_dir():
                 logger.warning("%s: the data set of that name; the folder is ./%s", name, name)
             images += _of_manifest(name, data_root, scale)

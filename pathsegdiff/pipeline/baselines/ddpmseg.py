@@ -53,6 +53,7 @@ from pathsegdiff.segmentation.passes import class_pixel_counts
 from pathsegdiff.segmentation.runs import (
     CONFIG_FILE,
     load_weights,
+    no_weights,
     random_weights_note,
     save_weights,
     write_json,
@@ -331,7 +332,7 @@ def load_ensemble(path: Path, config: BaselineConfig) -> tuple[PixelEnsemble, di
         raise RunError(f"{path} is a run of {config.settings.get('name')}, not of {NAME}")
     file = path / NETWORK_FILE
     if not file.is_file():
-        raise RunError(f"{path} has no {NETWORK_FILE} yet; continue it with `psd baseline {NAME}`")
+        raise no_weights(path, NETWORK_FILE, f"psd baseline {NAME}")
     try:
         inputs = [PixelInput.from_dict(part) for part in config.network["inputs"]]
         members = int(config.network["members"])

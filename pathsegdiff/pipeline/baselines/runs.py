@@ -20,7 +20,13 @@ from pathsegdiff.files import file_sha256
 from pathsegdiff.pipeline.baselines.images import AUGMENTATION
 from pathsegdiff.pipeline.baselines.networks import STRIDE, architecture_of, build_network
 from pathsegdiff.segmentation.loop import folder_name
-from pathsegdiff.segmentation.runs import CONFIG_FILE, FORMAT, damage_in_one_line, load_weights
+from pathsegdiff.segmentation.runs import (
+    CONFIG_FILE,
+    FORMAT,
+    damage_in_one_line,
+    load_weights,
+    no_weights,
+)
 from pathsegdiff.segmentation.train import KEEPS
 
 NETWORK_FILE = "network.safetensors"
@@ -278,7 +284,7 @@ def load_baseline(path: Path, config: BaselineConfig) -> tuple[nn.Module, dict[s
     """
     file = path / NETWORK_FILE
     if not file.is_file():
-        raise RunError(f"{path} has no {NETWORK_FILE} yet; continue it with `psd baseline`")
+        raise no_weights(path, NETWORK_FILE, "psd baseline")
     network = build_network(
         str(config.settings["name"]),
         len(config.class_weights),
