@@ -262,8 +262,11 @@ def show_report(report: "CheckReport") -> None:
             click.echo(f"  {finding.kind}: {finding.message}")
         if len(split.findings) > _FINDINGS_SHOWN:
             click.echo(f"  ... and {len(split.findings) - _FINDINGS_SHOWN} more")
-    if not report.whole and report.manifest.root is None:
-        click.echo(f"`psd data show {_shown_name(report.manifest)}` says where to get it.")
+    found = {finding.kind for split in report.splits for finding in split.findings}
+    gone = found & {"missing", "altered"} or any(split.absent for split in report.splits)
+    if not report.whole and gone:
+        says = "where to get it" if report.manifest.root is None else "where its files should be"
+        click.echo(f"`psd data show {_shown_name(report.manifest)}` says {says}.")
 
 
 def _shown_name(manifest: "Manifest") -> str:

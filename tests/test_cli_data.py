@@ -104,6 +104,14 @@ def test_check_names_the_first_faults_and_fails(capsys, tmp_path):
     assert "`psd data show " in out
 
 
+def test_check_sends_nobody_to_get_what_is_there(capsys, tmp_path):
+    manifest = make_glas(tmp_path, counts={"train": 2})
+    (tmp_path / "glaslike" / "train_1.bmp").write_bytes(b"BM, cut off")
+    code, out, _ = psd(capsys, "check", manifest)
+    assert code == 1
+    assert "unreadable: " in out and "psd data show" not in out
+
+
 def test_check_of_data_that_is_not_here_is_one_line(capsys):
     code, out, err = psd(capsys, "check", "glas")
     assert (code, out) == (1, "")
