@@ -1,6 +1,5 @@
 """``psd baseline``: a network that learns from the images, a row of the comparison table."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,7 +205,7 @@ def baseline(
     from pathsegdiff.device import resolve_device, resolve_precision
     from pathsegdiff.pipeline.baselines.baseline import Baseline
     from pathsegdiff.pipeline.baselines.networks import architecture_of
-    from pathsegdiff.pipeline.baselines.pilots import choose_rate, write_pilots
+    from pathsegdiff.pipeline.baselines.pilots import choose_rate
     from pathsegdiff.pipeline.baselines.runs import (
         PATIENCE,
         default_baseline_name,
@@ -253,9 +252,7 @@ def baseline(
         f"{settings.batch_size} at {settings.size_px} px, {settings.precision}, learning rate "
         f"{settings.learning_rate:g}"
     )
-    # Before the run is scored: a scored run counts as finished, whatever it lacks.
-    trained = (lambda: write_pilots(out, pilots)) if pilots else None
-    _train_and_score(made, out, place, trained, quiet=quiet)
+    _train_and_score(made, out, place, pilots, quiet=quiet)
 
 
 def _is_given(ctx: click.Context, option: str) -> bool:
@@ -323,12 +320,13 @@ def _train_and_score(
     made: "Baseline | DDPMSeg",
     out: Path,
     place: "torch.device",
-    trained: Callable[[], None] | None = None,
+    pilots: dict[str, float | None] | None = None,
     *,
     quiet: bool,
 ) -> None:
     from cli.progress import Progress, TrainingProgress, duration
     from cli.results import show_evaluation
+    from pathsegdiff.pipeline.baselines.pilots import write_pilots
 
     with TrainingProgress("baseline", quiet=quiet) as bar:
         result = made.train(out, device=place, progress=bar.show)
@@ -339,8 +337,8 @@ def _train_and_score(
     kept = result.kept
     quality = f", validation mIoU {kept['val_miou']:.4f}" if "val_miou" in kept else ""
     click.echo(f"kept: step {kept['step']:.0f}{quality}: {result.path}")
-    if trained is not None:
-        trained()
+    if pilots:  # before the run is scored: then it counts as finished, whatever it lacks
+        write_pilots(out, pilots)
     with Progress("eval", "images", quiet=quiet) as progress:
         found = made.evaluate(out, device=place, progress=progress)
     show_evaluation(found)

@@ -54,8 +54,7 @@ def info(store: Path) -> None:
     when, where = (str(opened.provenance.get(name)) for name in ("created", "device"))
     click.echo(f"  made         {printable(when)} on {printable(where)}")
     complete = {sample.index for sample in opened.samples()}
-    found = sorted({sample.split for sample in opened.registered()})
-    for split in dict.fromkeys([*card.splits, *found]):
+    for split in dict.fromkeys([*card.splits, *_splits(opened)]):
         rows = [sample for sample in opened.registered() if sample.split == split]
         if rows:
             done = sum(sample.index in complete for sample in rows)

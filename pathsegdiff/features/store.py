@@ -810,6 +810,17 @@ def resized(metadata: bytes, rows: int) -> bytes:
     return json.dumps(values, indent=2).encode()
 
 
+def with_card(metadata: bytes, card: DatasetCard) -> bytes:
+    """The group's zarr.json with another card, formatted as ``resized`` does.
+
+    Raises:
+        One of ``MALFORMED``: If it is no store's.
+    """
+    values = json.loads(metadata)
+    values["attributes"][ATTRIBUTE]["dataset"] = card.to_dict()
+    return json.dumps(values, indent=2).encode()
+
+
 def mark_key(index: int) -> str:
     """Where the completion mark of a sample lies."""
     return f"{MARKS_FOLDER}/{index:08d}.json"

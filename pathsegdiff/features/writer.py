@@ -6,7 +6,6 @@ disk after everything that it lists.
 """
 
 import contextlib
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -50,14 +49,13 @@ from pathsegdiff.features.store import (
     open_group,
     resized,
     row_key,
+    with_card,
 )
 from pathsegdiff.files import put_bytes, sync, sync_below
 from pathsegdiff.locks import alone_in
 
 _logger = logging.getLogger(__name__)
 
-#: The group's own metadata.
-GROUP_KEY = "zarr.json"
 #: Seconds that others may need to make a store, or to register their samples.
 _LOCK_SECONDS = 60
 #: How to ask for what an existing store was made with.
@@ -213,9 +211,7 @@ class StoreWriter:
             key = f"{name}/zarr.json"
             after[key] = resized(before[key], len(table))
         if card is not None:
-            values = json.loads(before[GROUP_KEY])
-            values["attributes"][ATTRIBUTE]["dataset"] = card.to_dict()
-            after[GROUP_KEY] = json.dumps(values, indent=2).encode()
+            after["zarr.json"] = with_card(before["zarr.json"], card)
         both = {key: [checksum(before[key]), checksum(after[key])] for key in after}
         self._put_table(self.store.registered(), both)
         # Arrays first: rows without a name are harmless, a name without a row is not.

@@ -182,20 +182,21 @@ def find_images(sources: Sequence[str], *, data_root: Path | None = None) -> lis
         DataError: If a source is nothing of these, or has no image.
     """
     images: list[PoolImage] = []
+    names = list_manifests()
     for source in sources:
         name, scale = _split_scale(source)
         path = Path(name)
-        known = name in list_manifests()
-        if not (known or path.is_dir() or path.suffix == ".toml"):
-            raise DataError(
-                f"--images {source}: there is no such folder, nor a data set of that name "
-                f"({', '.join(list_manifests())}); a scale stands behind @, as in DIR@2"
-            )
-        if known or not path.is_dir():
-            if path.is_dir():
+        is_folder = path.is_dir()
+        if name in names or (path.suffix == ".toml" and not is_folder):
+            if is_folder:
                 logger.warning("%s: the data set of that name; the folder is ./%s", name, name)
             images += _of_manifest(name, data_root, scale)
             continue
+        if not is_folder:
+            raise DataError(
+                f"--images {source}: there is no such folder, nor a data set of that name "
+                f"({', '.join(names)}); a scale stands behind @, as in DIR@2"
+            )
         index = _packed_index(path)
         if index is None:
             images += _of_folder(path, 1.0 if scale is None else scale)

@@ -206,14 +206,11 @@ def _load_file(architecture: Architecture, network: nn.Module, file: Path) -> No
         _load_encoder(network, dict(state))
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError:  # torch advises to let a file run its code
-        raise RunError(
-            f"--encoder-weights {file} does not fit {architecture.encoder}: it is no file of "
-            "tensors alone; give a state dict, as torch.save writes it (.pth), or .safetensors"
-        ) from None
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, EOFError,
-            KeyError) as error:  # fmt: skip
+            KeyError, pickle.UnpicklingError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to let the file run its code
+            reason = "it is no file of tensors alone"
         raise RunError(
             f"--encoder-weights {file} does not fit {architecture.encoder}: {reason}; give the "
             "state dict of that network, as torchvision and timm have it"
