@@ -195,7 +195,7 @@ def _curve(
     """Extract what is not cached, then compare heads, both by a user's commands."""
     from cli.main import run_within
     from pathsegdiff.data.manifest import open_dataset
-    from pathsegdiff.diffusion.bundle import check_timestep, read_card, resolve_bundle
+    from pathsegdiff.diffusion.bundle import read_card, resolve_bundle
     from pathsegdiff.pipeline.tables.curves import about, extraction_command, sweep_command
     from pathsegdiff.pipeline.tables.make import missing_things, refuse_impossible
 
@@ -212,7 +212,7 @@ def _curve(
     refuse_impossible(dataset, data_root, train_split=split, eval_split=None, folds=held_out)
     card = read_card(resolve_bundle(model))
     for timestep in timesteps:
-        check_timestep(card, timestep)
+        card.check_timestep(timestep)
     called = opened.name, card.name
     extraction, stores = extraction_command(
         dataset,

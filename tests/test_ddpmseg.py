@@ -1,6 +1,8 @@
 """DDPMSeg: pixels of stores, the ensemble, its training and evaluation."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from cli.main import run
 from pathsegdiff.errors import RunError
-from pathsegdiff.features.store import FeatureStore
+from pathsegdiff.features.store import FeatureStore, mark_key
 from pathsegdiff.grid import patchwise_matrix
 from pathsegdiff.pipeline.baselines import ddpmseg
 from pathsegdiff.pipeline.baselines.ddpmseg import TAPS, DDPMSeg, load_ensemble
@@ -248,6 +250,18 @@ def test_stores_that_do_not_belong_together_are_refused(stores, paths, tmp_path)
     build_store(tmp_path / "fewer.zarr", train=5, test=3, timestep=250)
     with pytest.raises(RunError, match=r"lacks 1 of the samples .*\(train_5, \.\.\.\)"):
         small([*stores, FeatureStore.open(tmp_path / "fewer.zarr")])
+
+
+def test_an_unfinished_store_is_said(paths, tmp_path, caplog):
+    parts = []
+    for path in paths:
+        part = shutil.copytree(path, tmp_path / Path(path).name)
+        first = FeatureStore.open(part).samples()[0]
+        (part / mark_key(first.index)).unlink()
+        parts.append(str(part))
+    small(open_stores(parts), steps=1).train(tmp_path / "run")
+    said = f"{parts[0]}: only 5 of the 6 samples of train are extracted so far"
+    assert sum(said in message for message in caplog.messages) == 1
 
 
 def test_a_split_without_samples_is_named(stores):

@@ -680,7 +680,7 @@ def test_a_damaged_sample_ends_the_training_with_its_name(tmp_path):
         train_small(damaged, tmp_path / "run", normalize="none", val="0")
 
 
-def test_an_unfinished_store_trains_on_what_is_complete(tmp_path):
+def test_an_unfinished_store_trains_on_what_is_complete_and_says_so(tmp_path, caplog):
     rng = np.random.default_rng(0)
     with open_writer(tmp_path / "part.zarr") as writer:
         samples = writer.register(make_samples(8, 0))
@@ -691,6 +691,16 @@ def test_an_unfinished_store_trains_on_what_is_complete(tmp_path):
     train_small(part, tmp_path / "run", steps=1)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert len(config["samples"]["train"]) + len(config["samples"]["val"]) == 6
+    said = f"{part.path}: only 6 of the 8 samples of train are extracted so far"
+    assert sum(said in message for message in caplog.messages) == 1
+    caplog.clear()
+    train_small(part, tmp_path / "run", steps=1)  # finished: nothing begins
+    assert not caplog.messages
+
+
+def test_a_finished_store_is_trained_on_without_a_word(store, tmp_path, caplog):
+    train_small(store, tmp_path / "run", steps=1)
+    assert not [message for message in caplog.messages if "extracted so far" in message]
 
 
 def test_training_needs_neither_diffusers_nor_timm(store, tmp_path):

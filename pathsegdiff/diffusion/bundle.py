@@ -40,7 +40,7 @@ from pathsegdiff.diffusion.conditioning import GRID, KIND, build_conditioner, co
 from pathsegdiff.diffusion.encoder import NoEncoderConfig, build_encoder, read_encoder_config
 from pathsegdiff.diffusion.model import DiffusionModel
 from pathsegdiff.diffusion.presets import PRESETS, Preset, build_random
-from pathsegdiff.diffusion.schedule import MAX_NUMBER, NoiseSchedule
+from pathsegdiff.diffusion.schedule import MAX_NUMBER, NoiseSchedule, check_timestep
 from pathsegdiff.diffusion.taps import TapSpec, plan_taps
 from pathsegdiff.diffusion.unet import build_unet
 from pathsegdiff.errors import BundleError, ConfigError
@@ -128,6 +128,10 @@ class ModelCard:
         """(C, h, w)."""
         side = self.patch_px // self.latent_stride
         return self.latent_channels, side, side
+
+    def check_timestep(self, timestep: int) -> None:
+        """Raise ConfigError unless a timestep lies in the schedule."""
+        check_timestep(timestep, self.schedule.timesteps, f" for model {self.name}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -457,13 +461,6 @@ def read_card(folder: Path) -> ModelCard:
         BundleError: If it is missing or broken.
     """
     return ModelCard.from_dict(read_json(folder / CARD_FILE), str(folder / CARD_FILE))
-
-
-def check_timestep(card: ModelCard, timestep: int) -> None:
-    """Raise ConfigError unless a timestep lies in a model's schedule."""
-    last = card.schedule.timesteps - 1
-    if not 0 <= timestep <= last:
-        raise ConfigError(f"t must be in [0, {last}] for model {card.name}, got {timestep}")
 
 
 def has_encoder(folder: Path) -> bool:

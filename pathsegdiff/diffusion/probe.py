@@ -12,7 +12,7 @@ import torch
 from pathsegdiff.config import ALL_TAPS, CONDITIONINGS
 from pathsegdiff.data.image import read_image
 from pathsegdiff.device import computing_on
-from pathsegdiff.diffusion.bundle import Bundle, check_timestep
+from pathsegdiff.diffusion.bundle import Bundle
 from pathsegdiff.diffusion.model import DiffusionModel
 from pathsegdiff.diffusion.noise import patch_noise
 from pathsegdiff.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ def probe_patch(
     card = bundle.card
     if conditioning not in CONDITIONINGS:
         raise ConfigError(f"cond must be one of {', '.join(CONDITIONINGS)}, got {conditioning!r}")
-    check_timestep(card, timestep)
+    card.check_timestep(timestep)
     if image.shape != (card.patch_px, card.patch_px, 3):
         raise DataError(
             f"a patch has {card.patch_px} x {card.patch_px} pixels, the image "

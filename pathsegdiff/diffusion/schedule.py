@@ -71,14 +71,19 @@ class NoiseSchedule:
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
-def check_timestep(timestep: int, timesteps: int) -> int:
+def check_timestep(timestep: int, timesteps: int, whose: str = " for this model") -> int:
     """Return the timestep if the schedule has it.
+
+    Args:
+        timestep: t.
+        timesteps: T of the schedule.
+        whose: Model in the message.
 
     Raises:
         ConfigError: If it lies outside [0, timesteps - 1].
     """
     if not 0 <= timestep < timesteps:
-        raise ConfigError(f"t must be in [0, {timesteps - 1}] for this model, got {timestep}")
+        raise ConfigError(f"t must be in [0, {timesteps - 1}]{whose}, got {timestep}")
     return timestep
 
 

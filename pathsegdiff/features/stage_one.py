@@ -18,7 +18,7 @@ from pathsegdiff.data.regions import cut_patches
 from pathsegdiff.device import autocast
 from pathsegdiff.diffusion.model import DiffusionModel
 from pathsegdiff.diffusion.noise import patch_noise
-from pathsegdiff.diffusion.schedule import add_noise
+from pathsegdiff.diffusion.schedule import add_noise, check_timestep
 from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.layout import GRID_STRIDE, Level, TapSlice, TapSpec, plan_levels
 
@@ -141,8 +141,7 @@ class StageOne:
         """
         steps = len(model.alphas_cumprod)
         for view in views:
-            if not 0 <= view.timestep < steps:
-                raise ConfigError(f"t must be in [0, {steps - 1}], got {view.timestep}")
+            check_timestep(view.timestep, steps, "")
         model.check_condition(encoder=tokens or any(v.conditioning == "encoder" for v in views))
         if batch_size < 1:
             raise ConfigError(f"batch size must be at least 1, got {batch_size}")

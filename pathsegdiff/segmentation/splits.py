@@ -110,6 +110,30 @@ def divide(
     )
 
 
+def warn_if_partial(
+    parts: Parts, place: str, known: Sequence[StoredSample], registered: Sequence[StoredSample]
+) -> None:
+    """Say in the log that a training begins on splits of which not all is extracted.
+
+    Args:
+        parts: Of the training.
+        place: Where they are, for the message.
+        known: The samples that can be read.
+        registered: Those that the store is meant to hold.
+    """
+    splits = {sample.split for part in (parts.train, parts.val, parts.held_out) for sample in part}
+    there, planned = (sum(s.split in splits for s in samples) for samples in (known, registered))
+    if there < planned:
+        _logger.warning(
+            "%s: only %d of the %d samples of %s are extracted so far, and the others are neither "
+            "trained on nor scored; finish it with `psd extract`",
+            place,
+            there,
+            planned,
+            ", ".join(sorted(splits)),
+        )
+
+
 def limited(
     samples: Sequence[StoredSample], card: DatasetCard, limit: int | None, seed: int
 ) -> tuple[StoredSample, ...]:

@@ -62,7 +62,7 @@ from pathsegdiff.segmentation.sampling import (
     steps_per_epoch,
     training_requests,
 )
-from pathsegdiff.segmentation.splits import Parts, choose_parts
+from pathsegdiff.segmentation.splits import Parts, choose_parts, warn_if_partial
 
 _logger = logging.getLogger(__name__)
 
@@ -281,6 +281,7 @@ def train_head(
             if finished is not None:
                 return finished
         else:
+            warn_if_partial(parts, store.path, store.samples(), store.registered())
             write_json(out / CONFIG_FILE, config.to_dict())
         training = _Training(store, out, config, settings, parts, device, progress)
         training.resume_or_begin()

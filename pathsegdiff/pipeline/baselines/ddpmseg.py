@@ -61,7 +61,7 @@ from pathsegdiff.segmentation.runs import (
 from pathsegdiff.segmentation.sampling import prefetch
 from pathsegdiff.segmentation.scoring import Evaluation, Prediction, partial_note
 from pathsegdiff.segmentation.scoring import Progress as ScoringProgress
-from pathsegdiff.segmentation.splits import divide
+from pathsegdiff.segmentation.splits import divide, warn_if_partial
 from pathsegdiff.segmentation.train import KEEPS, checked_class_weights
 
 NAME = "ddpm-seg"
@@ -215,6 +215,8 @@ class DDPMSeg:
                 if finished is not None:
                     return finished
             else:
+                first = self.stores[0]
+                warn_if_partial(self.parts, first.path, self.samples, first.registered())
                 write_json(out / CONFIG_FILE, config.to_dict())
             _logger.info("drawing pixels of %d images", len(self.parts.train))
             pixels, labels = draw_pixels(

@@ -16,7 +16,6 @@ from typing import Any
 
 from pathsegdiff.data.manifest import dataset_sha256, load_manifest, open_dataset
 from pathsegdiff.diffusion.bundle import (
-    check_timestep,
     has_encoder,
     init_bundle,
     load_bundle,
@@ -168,7 +167,7 @@ def plan_table(
         try:
             folder = resolve_bundle(model)
             card, sees = read_card(folder), has_encoder(folder)
-            check_timestep(card, others.get("timestep", TableSettings.timestep))
+            card.check_timestep(others.get("timestep", TableSettings.timestep))
             name, preset = card.name, _PRESETS.get(card.num_channels, "none")
             digest = card.sha256
         except BundleError:  # a table of finished runs needs no bundle
