@@ -78,9 +78,9 @@ def _rates(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 )
 @click.option(
     "--encoder-weights",
-    metavar="FILE|imagenet",
+    metavar="FILE|imagenet|auto",
     help="State dict that the encoder begins with; imagenet: torchvision's, fetched where it is "
-    "not there.",
+    "not there; auto: the same where they can be had, else from scratch [default: from scratch].",
 )
 @click.option(
     "--keep",

@@ -64,22 +64,38 @@ def pull(name: str, out: Path | None, encoder: Path | None, accept: bool, quiet:
         click.echo(f"Next: psd models show {model}")
 
 
-def encoder_file(given: str, encoder: str, quiet: bool) -> Path:
-    """The file that ``--encoder-weights`` names, fetched where it is torchvision's."""
-    from cli.progress import TransferProgress
-    from pathsegdiff.fetch.download import State
-    from pathsegdiff.pipeline.baselines.imagenet_files import IMAGENET, LICENCE, fetch_imagenet
+def encoder_file(given: str, encoder: str, quiet: bool) -> Path | None:
+    """The file that ``--encoder-weights`` names, fetched where it is torchvision's.
 
-    if given != IMAGENET:
+    Returns:
+        None where the weights may be had or not ("auto"), and cannot.
+    """
+    from cli.progress import TransferProgress
+    from pathsegdiff.errors import FetchError, RunError
+    from pathsegdiff.fetch.download import State
+    from pathsegdiff.pipeline.baselines.imagenet_files import (
+        AUTO,
+        IMAGENET,
+        LICENCE,
+        fetch_imagenet,
+    )
+
+    if given not in (AUTO, IMAGENET):
         return Path(given)
 
     with TransferProgress(quiet=quiet) as transfer:
-        file = fetch_imagenet(
-            encoder,
-            on_bytes=lambda done, total: transfer.show(
-                State(label=encoder, unit="bytes", done=done, total=total)
-            ),
-        )
+        try:
+            file = fetch_imagenet(
+                encoder,
+                on_bytes=lambda done, total: transfer.show(
+                    State(label=encoder, unit="bytes", done=done, total=total)
+                ),
+            )
+        except (FetchError, RunError) as error:
+            if given == IMAGENET:
+                raise
+            click.echo(f"{error}: it begins from scratch")
+            return None
     click.echo(f"encoder weights: {file}, {LICENCE}")
     return file
 

@@ -43,21 +43,21 @@ def _limits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 
 
 def _weights(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
-    from pathsegdiff.pipeline.baselines.imagenet_files import IMAGENET
+    from pathsegdiff.pipeline.baselines.imagenet_files import AUTO, IMAGENET
     from pathsegdiff.pipeline.tables.rows import ENCODERS
 
     found: dict[str, str] = {}
     for text in value:
         encoder, _, file = text.partition("=")
-        if text != IMAGENET and (encoder not in ENCODERS or not file):
+        if text not in (IMAGENET, AUTO) and (encoder not in ENCODERS or not file):
             raise click.BadParameter(
-                f"must be {IMAGENET} or ENCODER=FILE, ENCODER one of {', '.join(ENCODERS)}, got "
-                f"{text!r}"
+                f"must be {IMAGENET}, {AUTO} or ENCODER=FILE, ENCODER one of "
+                f"{', '.join(ENCODERS)}, got {text!r}"
             )
-        for name in ENCODERS if text == IMAGENET else (encoder,):
+        for name in ENCODERS if text in (IMAGENET, AUTO) else (encoder,):
             if name in found:
                 raise click.BadParameter(f"is given twice for {name}: {found[name]} and {text}")
-            found[name] = file or IMAGENET
+            found[name] = file or text
     return found
 
 
@@ -65,11 +65,11 @@ encoder_weights_option = click.option(
     "--encoder-weights",
     multiple=True,
     callback=_weights,
-    metavar="imagenet|ENCODER=FILE",
+    metavar="imagenet|auto|ENCODER=FILE",
     help="What encoders begin with: torchvision's ImageNet weights, fetched where they are not "
-    "there; or a file at hand (.pth or .safetensors, as torchvision and timm have them) of "
-    "resnet18 (row res-unet) or vgg16_bn (vgg16-fcn8 and dcan), may be given for each [default: "
-    "from scratch].",
+    "there; auto: these where they can be had, else from scratch; or a file at hand (.pth or "
+    ".safetensors, as torchvision and timm have them) of resnet18 (row res-unet) or vgg16_bn "
+    "(vgg16-fcn8 and dcan), may be given for each [default: from scratch].",
 )
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.table_options import TABLE_ROWS, names
+
 if TYPE_CHECKING:
     from pathsegdiff.pipeline.tables.rows import TableSettings
 
@@ -32,20 +34,22 @@ def run_table(
         make_runs,
         missing_things,
         plan_table,
+        possible_rows,
         refuse_impossible,
     )
 
-    files, missing = _encoder_files(encoder_weights or {}, rows, table_only=table_only)
-    given: dict[str, Any] = {
-        "rows": rows,
-        "unconditional": unconditional,
-        "encoder_weights": files,
-    }
+    usual = rows == names(TABLE_ROWS.get(table))
+    rows = possible_rows(others["dataset"], rows, usual=usual, log=click.echo)
+    given: dict[str, Any] = {"rows": rows, "unconditional": unconditional}
+    weights = encoder_weights or {}
     if not table_only:
         wanted = {name: others[name] for name in ("dataset", "data_root", "model")}
-        missing += missing_things(**wanted, **given)
+        at_hand = _files_at_hand(weights)
+        refuse_missing(table, missing_things(**wanted, **given, encoder_weights=at_hand))
+    # Last: nothing is fetched where something else is missing.
+    files, missing = _encoder_files(weights, rows, table_only=table_only)
     refuse_missing(table, missing)
-    settings = plan_table(table, any_weights=any_weights, **given, **others)
+    settings = plan_table(table, any_weights=any_weights, encoder_weights=files, **given, **others)
     if table_only:
         return settings, []
     refuse_impossible(
@@ -72,27 +76,37 @@ def refuse_failed(settings: "TableSettings", failed: Sequence[str]) -> None:
         raise RunError(f"{len(failed)} runs failed ({', '.join(failed[:3])}); see {logs}")
 
 
+def _files_at_hand(given: Mapping[str, str]) -> dict[str, Path]:
+    """The files that ``--encoder-weights`` names."""
+    from pathsegdiff.pipeline.baselines.imagenet_files import AUTO, IMAGENET
+
+    return {name: Path(file) for name, file in given.items() if file not in (AUTO, IMAGENET)}
+
+
 def _encoder_files(
     given: Mapping[str, str], rows: Sequence[str], *, table_only: bool
 ) -> tuple[dict[str, Path], list[str]]:
     """The files of ``--encoder-weights``, fetched where torchvision's are; what cannot be had."""
     from cli.fetch import encoder_file
     from pathsegdiff.errors import FetchError, RunError
-    from pathsegdiff.pipeline.baselines.imagenet_files import IMAGENET, imagenet_file
+    from pathsegdiff.pipeline.baselines.imagenet_files import AUTO, imagenet_file
     from pathsegdiff.pipeline.tables.rows import ROWS
 
     read = {ROWS[name].encoder for name in rows if name in ROWS}
-    files, missing = {}, []
-    for encoder, file in given.items():
-        if file != IMAGENET:
-            files[encoder] = Path(file)
-        elif encoder in read:
-            try:
-                files[encoder] = (
-                    imagenet_file(encoder) if table_only else encoder_file(file, encoder, False)
-                )
-            except (FetchError, RunError) as error:
-                missing.append(str(error))
+    files, missing = _files_at_hand(given), []
+    for encoder in sorted((given.keys() - files.keys()) & read):
+        try:
+            if table_only:
+                file: Path | None = imagenet_file(encoder)
+                if given[encoder] == AUTO and not imagenet_file(encoder).is_file():
+                    file = None
+            else:
+                file = encoder_file(given[encoder], encoder, False)
+        except (FetchError, RunError) as error:
+            missing.append(str(error))
+            continue
+        if file is not None:
+            files[encoder] = file
     return files, missing
 
 

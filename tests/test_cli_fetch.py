@@ -165,6 +165,19 @@ def test_ctrl_c_exits_with_130_keeps_the_part_and_the_same_command_continues(
     assert server.ranges("/release.zip")[-1] == f"bytes={kept}-"
 
 
+def test_a_moved_archive_names_the_way_by_hand(capsys, archived, server):
+    manifest, _, _ = archived
+    server.put("/release.zip", b"", status=404)
+    text = Path(manifest).read_text(encoding="utf-8")
+    assert "homepage" not in text
+    where = 'where = "Ask its authors."\nhomepage = "https://example.org/set"\n'
+    Path(manifest).write_text(where + text, encoding="utf-8")
+    code, _, err = psd(capsys, "-q", "data", "fetch", manifest, "--accept-licence")
+    assert code == 1 and err.count("\n") == 1
+    assert "there is no such file any more (status 404)" in err
+    assert "by hand: Ask its authors. (home page: https://example.org/set) Layout: " in err
+
+
 def test_a_corrupted_archive_is_not_unpacked(capsys, archived, server):
     manifest, root, _ = archived
     server.pages["/release.zip"].content = server.pages["/release.zip"].content[:-1] + b"?"

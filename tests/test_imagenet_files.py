@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,11 @@ from cli.main import run
 from pathsegdiff.errors import FetchError, RunError
 from pathsegdiff.fetch import download as transfers
 from pathsegdiff.pipeline.baselines import imagenet_files
-from pathsegdiff.pipeline.baselines.imagenet_files import fetch_imagenet, imagenet_file
+from pathsegdiff.pipeline.baselines.imagenet_files import (
+    describe_weights,
+    fetch_imagenet,
+    imagenet_file,
+)
 from pathsegdiff.pipeline.baselines.networks import build_network
 from tests.helpers_http import serving
 from tests.helpers_stage_one import write_dataset
@@ -107,3 +113,49 @@ def test_the_commands_begin_with_them_and_say_so(server, monkeypatch, tmp_path, 
     publish(server, monkeypatch, b"", status=503)
     assert run([*table, "--encoder-weights", "imagenet"]) == 1
     assert "missing: ImageNet weights of resnet18 cannot be had" in capsys.readouterr().err
+
+
+def test_auto_takes_them_where_they_can_be_had_and_else_begins_from_scratch(
+    server, monkeypatch, tmp_path, capsys
+):
+    write_dataset(tmp_path / "data")
+    data = ["--dataset", str(tmp_path / "data" / "discs.toml"), "--encoder-weights", "auto"]
+    short = ["--steps", "1", "--size", "64", "--val", "0", "--keep", "last"]
+    publish(server, monkeypatch, b"", status=503)
+    command = ["baseline", "res-unet", *data, *short]
+    assert run([*command, "--out", str(tmp_path / "scratch")]) == 0
+    assert "cannot be had" in (said := capsys.readouterr().out)
+    assert "it begins from scratch" in said
+    table = ["reproduce", "table4", *data, "--rows", "res-unet", "--out", str(tmp_path / "t")]
+    assert run([*table, "--table-only"]) == 0
+    assert "U-Net with a ResNet-18 encoder, from scratch" in capsys.readouterr().out
+    name = publish(server, monkeypatch, weights())
+    assert run([*command, "--out", str(tmp_path / "had")]) == 0
+    configs = [
+        json.loads((tmp_path / run / "config.json").read_text()) for run in ("scratch", "had")
+    ]
+    scratch, had = (config["network"]["encoder_weights"] for config in configs)
+    assert scratch == "none" and had["file"] == name
+    capsys.readouterr()
+    assert run([*table, "--table-only"]) == 0
+    assert f"U-Net with a ResNet-18 encoder, encoder from {name}" in capsys.readouterr().out
+
+
+def test_nothing_is_fetched_where_something_else_is_missing(server, monkeypatch, tmp_path, capsys):
+    name = publish(server, monkeypatch, weights())
+    table = ["reproduce", "table4", "--dataset", str(tmp_path / "absent.toml")]
+    assert run([*table, "--rows", "res-unet", "--encoder-weights", "imagenet"]) == 1
+    assert "missing: " in capsys.readouterr().err
+    assert not server.ranges(f"/models/{name}")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (None, "from scratch"),
+        ("vgg16_bn-6c64b313.pth", "ImageNet encoder, vgg16_bn-6c64b313.pth"),
+        ("mine.pth", "encoder from mine.pth"),
+    ],
+)
+def test_a_title_says_what_an_encoder_begins_with(file, said):
+    assert describe_weights(None if file is None else Path(file)) == said

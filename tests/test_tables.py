@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cli.main import run
+from cli.table_options import TABLE_ROWS
 from pathsegdiff.data.manifest import open_dataset
 from pathsegdiff.diffusion.bundle import read_card
 from pathsegdiff.diffusion.pretrain.parcel import read_archive
@@ -129,6 +130,26 @@ def test_rows_are_run_once_and_stand_beside_the_published_ones(folder, tmp_path,
     assert 'href="runs/conditioned-seed0/eval-test/report.html"' in page
     assert "data:image/png;base64," in page
     assert (out / "plot.png").stat().st_size > 5000
+    for row in ("conditioned", "null", "tokens"):
+        found = json.loads((out / f"runs/{row}-seed0/eval-test/metrics.json").read_text())
+        title = {"conditioned": "PathSegDiff", "null": "PathSegDiff-uncond", "tokens": "HIPT"}[row]
+        classes = "".join(f"<td>{one['iou']:.3f}</td>" for one in found["per_class"])
+        assert f"<tr><td>{title}</td>{classes}</tr>" in page
+        worst, best = sorted(found["images"], key=lambda image: image["miou"])
+        ends = (f"{image['sample_id']} {image['miou']:.3f}" for image in (worst, best))
+        assert f"<tr><td>{title}</td>{''.join(f'<td>{end}</td>' for end in ends)}</tr>" in page
+        assert f"<tr><td>{row}-seed0/eval-test</td><td>{found['accuracy']:.3f}</td>" in page
+    reads = {
+        "conditioned": "features of micro at t = 50, run conditioned-seed0",
+        "null": "features of micro at t = 50, null-conditioned, run null-seed0",
+        "tokens": "the encoder&#x27;s tokens of micro alone, run tokens-seed0",
+    }
+    for row, said in reads.items():
+        assert said in (out / f"runs/{row}-seed0/eval-test/report.html").read_text()
+    alien = shutil.copytree(out / "runs/tokens-seed0", out / "runs/both-seed0")
+    write(settings)
+    assert "both-seed0" not in (out / "report.html").read_text()
+    shutil.rmtree(alien)
 
     file = out / "runs/tokens-seed0/result.json"
     whole = file.read_text()
@@ -384,7 +405,9 @@ def test_windows_with_dont_care_and_five_classes_make_tables_2_and_3(
     out = tmp_path / "reproduction"
     text = (out / "table2/table.md").read_text()
     assert text.startswith("# Table 2 on bcsslike, not bcss: a stand-in")
-    assert text.count("| 1 of 1 |") == 1 and text.count("published only") == 4
+    # Rows that only were not asked for are no rows that nobody can run.
+    assert text.count("| 1 of 1 |") == 1 and text.count("| not run |") == 4
+    assert "published only" not in text
     config = json.loads((out / "table2/runs/conditioned-seed0/config.json").read_text())
     assert config["head"]["num_outputs"] == 6
     metrics = json.loads((out / "table2/runs/conditioned-seed0/eval-test/metrics.json").read_text())
@@ -394,6 +417,25 @@ def test_windows_with_dont_care_and_five_classes_make_tables_2_and_3(
     pixels = {one["name"]: one["pixels"] for one in metrics["per_class"]}
     least = min(pixels, key=pixels.get)
     assert all((f"| IoU {name} ours |" in text) == (name != least) for name in pixels)
+
+
+def test_a_row_of_objects_needs_objects(folder, tmp_path, quick, capsys):
+    toml = (folder / "data" / "discs.toml").read_text()
+    plain = tmp_path / "plain"
+    shutil.copytree(folder / "data", plain)
+    (plain / "discs.toml").write_text(toml.replace('objects = "disc"\n', ""))
+    dataset = ["--dataset", str(plain / "discs.toml"), "--model", str(folder / "micro")]
+    table = ["reproduce", "table4", *dataset, "--out", str(tmp_path / "t")]
+    assert run([*table, "--rows", "dcan,tokens"]) == 1
+    assert "numbers none in whole images; --rows tokens" in capsys.readouterr().err
+    assert not quick and not (tmp_path / "t").exists()
+    assert run([*table, "--rows", "dcan"]) == 1
+    assert "choose another row" in capsys.readouterr().err
+    # Of the table's own rows it is left out, as make DATASET=... could not name others.
+    assert run([*table, "--table-only"]) == 0
+    said = capsys.readouterr().out
+    assert "left out: the row dcan learns the contours of objects" in said
+    assert said.count("| 0 of 3, incomplete |") == len(TABLE_ROWS["table4"].split(",")) - 1
 
 
 def test_the_qualitative_figure_shows_every_row_from_the_worst_to_the_best(

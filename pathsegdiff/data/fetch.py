@@ -1,6 +1,7 @@
 """Get a data set: its archive, or its files from a Google Drive folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +67,9 @@ def plan_fetch(name_or_path: str | Path, data_root: Path | None = None) -> Fetch
     """
     manifest = load_manifest(name_or_path)
     if manifest.fetch is None:
-        by_hand = _flat(manifest.where) or "its manifest does not say how"
-        if manifest.homepage:
-            by_hand += f" (home page: {manifest.homepage})"
         raise FetchError(
             f"data set {manifest.name} cannot be fetched by a command (its manifest has no "
-            f"[fetch]); by hand: {by_hand}"
+            f"[fetch]); by hand: {_where(manifest)}"
         )
     root, _ = root_folder(manifest, data_root)
     paths = [path for row in manifest.sources for path in (row.image, row.mask)]
@@ -108,14 +106,27 @@ def fetch_dataset(plan: FetchPlan, report: Report) -> list[str]:
         if plan.table.size is not None:
             share = plan.table.size * len(plan.missing) // plan.total
             check_room(plan.root, share, "make room, or choose another --data-root")
-        try:
+        with _by_hand(plan):
             return _fetch_drive(plan, report)
-        except FetchError as error:
-            manifest = plan.manifest
-            raise FetchError(
-                f"{error}. Or put the files there by hand: {_flat(manifest.where)} "
-                f"Layout: {_flat(manifest.layout)}"
-            ) from None
+
+
+@contextmanager
+def _by_hand(plan: FetchPlan) -> Iterator[None]:
+    """Errors say how to do without this command."""
+    try:
+        yield
+    except FetchError as error:
+        manifest = plan.manifest
+        raise FetchError(
+            f"{error}. Or put the files there by hand: {_where(manifest)} "
+            f"Layout: {_flat(manifest.layout)}"
+        ) from None
+
+
+def _where(manifest: Manifest) -> str:
+    """How to get the files without this command."""
+    by_hand = _flat(manifest.where) or "its manifest does not say how"
+    return by_hand + (f" (home page: {manifest.homepage})" if manifest.homepage else "")
 
 
 def _fetch_archive(plan: FetchPlan, folder: Path, report: Report) -> list[str]:
@@ -131,7 +142,8 @@ def _fetch_archive(plan: FetchPlan, folder: Path, report: Report) -> list[str]:
     remedy = "make room, or choose another --data-root"
     if table.size is not None and not archive.exists():
         check_room(folder, table.size - bytes_there(archive), remedy)
-    new = download(table.remote, archive, on_bytes=on_bytes)
+    with _by_hand(plan):
+        new = download(table.remote, archive, on_bytes=on_bytes)
     kind, digits = table.remote.digest
     lines = [f"{table.file_name}: {'whole' if new else 'already there'}, {kind} {digits}"]
     rows = plan.manifest.sources

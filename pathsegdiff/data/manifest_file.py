@@ -114,6 +114,11 @@ class Manifest:
     root: Path | None
     fetch: FetchTable | None
 
+    @property
+    def has_whole_objects(self) -> bool:
+        """Whether regions are whole images whose masks number objects."""
+        return self.scheme.objects is not None and self.rule.kind == "resize"
+
 
 def list_manifests() -> list[str]:
     """Names of the data sets that are known, sorted."""

@@ -6,11 +6,27 @@ import io
 import os
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from pathsegdiff.evaluation.intervals import Interval
 from pathsegdiff.files import replace_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A further table on a page.
+
+    Attributes:
+        title: Its heading.
+        text: What it shows.
+        lines: Cells, the header first.
+    """
+
+    title: str
+    text: str
+    lines: Sequence[Sequence[str]]
 
 
 def write_table(
@@ -22,6 +38,7 @@ def write_table(
     caption: str,
     *,
     reports: Sequence[Path] = (),
+    sections: Sequence[Section] = (),
     rows: Sequence[Sequence[object]] | None = None,
     picture: str = "plot.png",
 ) -> str:
@@ -34,6 +51,7 @@ def write_table(
         draw: Makes the picture, a PNG.
         caption: What it shows, for those who cannot see it.
         reports: report.html of single runs, RUN/eval-PART/report.html, to be linked.
+        sections: Further tables, on the page alone.
         rows: Of the CSV file, where they are others than ``lines``.
         picture: Name of its file.
 
@@ -44,9 +62,8 @@ def write_table(
     table = _markdown(lines, notes, title)
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(lines if rows is None else rows)
-    page = _page(
-        title or "Heads compared", lines, notes, (out / picture).read_bytes(), caption, reports, out
-    )
+    image = (out / picture).read_bytes()
+    page = _page(title or "Heads compared", lines, notes, image, caption, sections, reports, out)
     for name, content in (
         ("table.md", table),
         ("table.csv", text.getvalue()),
@@ -94,17 +111,18 @@ def _page(
     notes: Sequence[str],
     picture: bytes,
     caption: str,
+    sections: Sequence[Section],
     reports: Sequence[Path],
     folder: Path,
 ) -> str:
-    header, *body = (
-        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
-        for tag, line in zip(("th", *["td"] * len(lines)), lines, strict=False)
-    )
     links = "".join(
         f'<li><a href="{html.escape(os.path.relpath(report, folder))}">'
-        f"{html.escape(report.parent.parent.name)}</a></li>"
+        f"{html.escape(report.parent.parent.name)}, {html.escape(report.parent.name)}</a></li>"
         for report in reports
+    )
+    further = "".join(
+        f"<h2>{html.escape(one.title)}</h2><p>{html.escape(one.text)}</p>{_html_table(one.lines)}"
+        for one in sections
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
@@ -112,11 +130,20 @@ def _page(
         "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}"
         "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.3rem "
         ".5rem;text-align:left}img{max-width:100%}</style></head>"
-        f"<body><h1>{html.escape(title)}</h1><table><tr>{header}</tr>"
-        f"{''.join(f'<tr>{line}</tr>' for line in body)}</table>"
+        f"<body><h1>{html.escape(title)}</h1>{_html_table(lines)}"
         f'<p><img alt="{html.escape(caption)}" src="data:image/png;base64,'
         f'{b64encode(picture).decode()}"></p>'
         f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>"
+        + further
         + (f"<h2>Every run</h2><ul>{links}</ul>" if links else "")
         + "</body></html>\n"
     )
+
+
+def _html_table(lines: Sequence[Sequence[str]]) -> str:
+    header, *body = (
+        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
+        for tag, line in zip(("th", *["td"] * len(lines)), lines, strict=False)
+    )
+    rows = "".join(f"<tr>{line}</tr>" for line in body)
+    return f"<table><tr>{header}</tr>{rows}</table>"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pathsegdiff.config import TOKENS
 from pathsegdiff.device import device_name
 from pathsegdiff.errors import RunError
 from pathsegdiff.features.store import FeatureStore, StoredSample
@@ -74,9 +75,7 @@ def evaluate_run(
         samples=samples,
         validation=validation,
         training=[sample for sample in store.samples() if sample.sample_id in trained_on],
-        subtitle=(
-            f"features of {store.model['name']} at t = {store.recipe.timestep}, run {run.path.name}"
-        ),
+        subtitle=f"{_inputs(run, store)}, run {run.path.name}",
         notes=[*random_weights_note(store.model), *_part_notes(run, store, part, samples)],
         curves=run.path / CURVES_FILE,
         provenance=_provenance(run, store),
@@ -134,6 +133,17 @@ class _HeadSegmenter:
         instances = self.store.instances(sample)
         assert instances is not None
         return instances
+
+
+def _inputs(run: Run, store: FeatureStore) -> str:
+    """What the head reads, for people."""
+    name, recipe = store.model["name"], store.recipe
+    read = {tap for level in run.config.levels for tap, _ in level.taps}
+    if read == {TOKENS}:
+        return f"the encoder's tokens of {name} alone"
+    null = ", null-conditioned" if recipe.conditioning == "none" else ""
+    tokens = ", with the encoder's tokens" if TOKENS in read else ""
+    return f"features of {name} at t = {recipe.timestep}{null}{tokens}"
 
 
 def _by_id(run: Run, store: FeatureStore, wanted: Sequence[str]) -> tuple[StoredSample, ...]:

@@ -88,7 +88,7 @@ class Baseline:
         )
         self.part, self.evaluated = self._evaluated(eval_split)
         self.contours = architecture_of(settings.name).decoder == "DCAN"
-        if self.contours and not self.images.has_whole_objects:
+        if self.contours and not dataset.manifest.has_whole_objects:
             raise RunError(
                 f"{settings.name} learns the contours of objects, data set {dataset.name} "
                 "numbers none in its masks, or cuts windows; choose another baseline"

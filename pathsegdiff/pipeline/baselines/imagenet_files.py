@@ -16,12 +16,24 @@ from pathsegdiff.files import file_sha256
 
 #: In place of a file's name: torchvision's own.
 IMAGENET = "imagenet"
+#: The same where they can be had, else from scratch.
+AUTO = "auto"
 LICENCE = "BSD 3-Clause (torchvision)"
 _WEIGHTS = {
     "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
     "vgg16_bn": "VGG16_BN_Weights.IMAGENET1K_V1",
 }
+#: Torchvision's names of them.
+_FILES = frozenset({"resnet18-f37072fd.pth", "vgg16_bn-6c64b313.pth"})
 _NAME = re.compile(r"[\w.]+-([0-9a-f]{8})\.pth")
+
+
+def describe_weights(file: Path | None) -> str:
+    """What an encoder begins with, for a row's title; a file is called ImageNet's by its name."""
+    if file is None:
+        return "from scratch"
+    whose = "ImageNet encoder, " if file.name in _FILES else "encoder from "
+    return f"{whose}{file.name}"
 
 
 def imagenet_file(encoder: str) -> Path:

@@ -85,11 +85,6 @@ class Images:
         self.size_px = size_px
         self._by_id: dict[str, Sample] = {sample.sample_id: sample for sample in dataset.samples}
 
-    @property
-    def has_whole_objects(self) -> bool:
-        """Whether regions are whole images whose masks number objects."""
-        return self.card.scheme.objects is not None and self.card.rule.kind == "resize"
-
     def region(self, sample: StoredSample) -> Region:
         """Read a region; windows are cropped as ``psd extract`` crops them with its usual seed.
 

@@ -28,6 +28,7 @@ _SETTINGS = {
     "--val": "val",
     "--keep": "keep",
     "--steps": "steps",
+    "--epochs": "epochs",
     "--minutes": "minutes",
     "--batch-size": "batch_size",
     "--size": "size_px",

@@ -31,7 +31,7 @@ from pathsegdiff.pipeline.tables.finished import (
     refuse_others,
     write_signature,
 )
-from pathsegdiff.pipeline.tables.rows import ROWS, Job, TableSettings, check_rows
+from pathsegdiff.pipeline.tables.rows import CONTOURS, ROWS, Job, TableSettings, check_rows
 from pathsegdiff.segmentation.splits import divide
 
 Log = Callable[[str], None]
@@ -134,6 +134,33 @@ def missing_things(
         if not file.is_file() and any(ROWS[name].encoder == encoder for name in rows):
             missing.append(f"--encoder-weights {encoder}={file}: there is no such file")
     return missing
+
+
+def possible_rows(dataset: str, rows: tuple[str, ...], *, usual: bool, log: Log) -> tuple[str, ...]:
+    """The rows without the one that learns from objects, where the data set numbers none.
+
+    Args:
+        usual: Whether they are the table's own, of which it is left out with a line to ``log``.
+
+    Raises:
+        RunError: If it was asked for.
+    """
+    try:
+        manifest = load_manifest(dataset)
+    except DataError:
+        return rows  # ``missing_things`` says it
+    if CONTOURS not in rows or manifest.has_whole_objects:
+        return rows
+    others = tuple(name for name in rows if name != CONTOURS)
+    said = (
+        f"the row {CONTOURS} learns the contours of objects, of which data set {manifest.name} "
+        "numbers none in whole images"
+    )
+    if not usual:
+        remedy = f"--rows {','.join(others)}" if others else "choose another row"
+        raise RunError(f"{said}; {remedy}")
+    log(f"left out: {said}")
+    return others
 
 
 def plan_table(

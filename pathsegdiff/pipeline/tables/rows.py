@@ -14,6 +14,7 @@ from pathsegdiff.errors import ConfigError
 from pathsegdiff.features.extract import store_name
 from pathsegdiff.features.stage_one import View
 from pathsegdiff.pipeline.baselines.ddpmseg import TIMESTEPS
+from pathsegdiff.pipeline.baselines.imagenet_files import describe_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ ROWS = {
     ),
     "effnet-unet": Row(title="U-Net with an ImageNet EfficientNet-Lite0"),
 }
+#: The row that learns from objects.
+CONTOURS = "dcan"
 #: That weights may be given to.
 ENCODERS = tuple(dict.fromkeys(row.encoder for row in ROWS.values() if row.encoder is not None))
 
@@ -108,11 +111,11 @@ BUDGETS = {
     ),
     "full": Budget(
         name="full",
-        text="a head with the paper's Adam at 1e-4 on whole regions, two at a time, the best on "
-        "validation; a network on images 8 hours, or until validation stops improving, with the "
-        "best of three learning rates on validation; the pixel classifiers four passes over their "
-        "pixels",
-        head=("--crop", "none", "--batch-size", "2"),
+        text="a head with the paper's Adam at 1e-4 on whole regions, two at a time, 40 epochs with "
+        "flips, the best on validation; a network on images 8 hours, or until validation stops "
+        "improving, with the best of three learning rates on validation; the pixel classifiers "
+        "four passes over their pixels",
+        head=tuple(shlex.split("--crop none --batch-size 2 --epochs 40 --augment flips")),
         networks=_networks(_FULL_IMAGES, _FULL_IMAGES),
         ensemble=(),
     ),
@@ -235,7 +238,7 @@ class TableSettings:
         title, file = ROWS[row].title, self.weights_of(row)
         if ROWS[row].encoder is None:
             return title
-        return f"{title}, " + ("from scratch" if file is None else f"encoder from {file.name}")
+        return f"{title}, {describe_weights(file)}"
 
     def jobs(self) -> list[Job]:
         """Every run, one seed of all rows before the next."""

@@ -23,12 +23,14 @@ from pathsegdiff.files import replace_file
 from pathsegdiff.pipeline.baselines.pilots import pilot_runs
 from pathsegdiff.pipeline.page import difference, limits, number, spread, write_table
 from pathsegdiff.pipeline.tables.columns import Columns, columns_of
+from pathsegdiff.pipeline.tables.details import sections_of
 from pathsegdiff.pipeline.tables.finished import is_finished
 from pathsegdiff.pipeline.tables.plots import TableRow, draw_few_labels, draw_rows
 from pathsegdiff.pipeline.tables.published import COLUMNS, TABLES
 from pathsegdiff.pipeline.tables.records import write_records
-from pathsegdiff.pipeline.tables.rows import BUDGETS, Job, TableSettings
+from pathsegdiff.pipeline.tables.rows import BUDGETS, ROWS, Job, TableSettings
 from pathsegdiff.segmentation.runs import CONFIG_FILE, RESULT_FILE
+from pathsegdiff.segmentation.scoring import REPORT_FILE
 from pathsegdiff.segmentation.splits import source_of_window
 
 FEW_LABELS = "few_labels.png"
@@ -114,11 +116,21 @@ def write(settings: TableSettings) -> str:
     same = settings.dataset_name == TABLES[settings.table].dataset
     if settings.limits[1:]:
         replace_file(settings.out / FEW_LABELS, partial(draw_few_labels, rows, *drawn))
-    reports = sorted(settings.folder.glob("runs/*/eval-*/report.html"))
+    scored = (settings.metrics(job).with_name(REPORT_FILE) for job in settings.jobs())
+    reports = sorted(report for report in scored if report.is_file())
     caption = "Every row, ours and published"
     draw = partial(draw_rows, rows, *drawn, published=same)
     write_records(settings)
-    return write_table(settings.out, title, lines, notes, draw, caption, reports=reports)
+    return write_table(
+        settings.out,
+        title,
+        lines,
+        notes,
+        draw,
+        caption,
+        reports=reports,
+        sections=sections_of(rows),
+    )
 
 
 def title_of(settings: TableSettings) -> str:
@@ -149,6 +161,10 @@ def notes_of(settings: TableSettings, columns: Columns, rows: list[TableRow]) ->
         "the pixels of all seeds counted together: of the chance in the seeds, the lowest and the "
         "highest run say more. Rows without runs are as printed there.",
     ]
+    if any(ROWS[name].store is None for name in settings.rows):
+        notes.append(
+            "The loss is class-weighted cross-entropy; networks on images add soft Dice to it."
+        )
     if settings.model_name not in ("none", _PAPERS_MODEL):
         notes.append(
             f"Rows of features read those of {settings.model_name}, not of the paper's model "
@@ -319,7 +335,8 @@ def _cells(settings: TableSettings, columns: Columns, rows: list[TableRow]) -> l
             *(["images"] if few else []),
             *(f"{title} {kind}" for title in columns.titles.values() for kind in kinds),
             *([] if other else [f"{plotted}, ours less paper"]),
-            f"{plotted} less PathSegDiff's here (paired 95 % interval)",
+            f"{plotted} less PathSegDiff's here (paired 95 % interval"
+            + ("; folds pooled)" if settings.folds else ")"),
             f"{plotted}, lowest to highest run",
             f"{plotted}, 95 % interval over {_drawn(settings)}",
             "minutes of training",
@@ -450,7 +467,8 @@ def _origin(settings: TableSettings, rows: list[TableRow]) -> list[str]:
 
 def _complete(row: TableRow) -> str:
     if not row.planned:
-        return "published only"
+        computable = row.published is not None and row.published.ours is not None
+        return "not run" if computable else "published only"
     incomplete = "" if len(row.runs) == row.planned else ", incomplete"
     return f"{len(row.runs)} of {row.planned}{incomplete}"
 
