@@ -135,7 +135,7 @@ def _page(
         f'{b64encode(picture).decode()}"></p>'
         f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>"
         + further
-        + (f"<h2>Every run</h2><ul>{links}</ul>" if links else "")
+        + (f"<h2>Reports of the runs</h2><ul>{links}</ul>" if links else "")
         + "</body></html>\n"
     )
 
