@@ -75,12 +75,12 @@ def encoder_file(given: str, encoder: str, quiet: bool) -> Path | None:
     from pathsegdiff.fetch.download import State
     from pathsegdiff.pipeline.baselines.imagenet_files import (
         AUTO,
-        IMAGENET,
         LICENCE,
+        WORDS,
         fetch_imagenet,
     )
 
-    if given not in (AUTO, IMAGENET):
+    if given not in WORDS:
         return Path(given)
 
     with TransferProgress(quiet=quiet) as transfer:
@@ -92,7 +92,7 @@ def encoder_file(given: str, encoder: str, quiet: bool) -> Path | None:
                 ),
             )
         except (FetchError, RunError) as error:
-            if given == IMAGENET:
+            if given != AUTO:
                 raise
             click.echo(f"{error}: it begins from scratch")
             return None

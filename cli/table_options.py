@@ -43,18 +43,18 @@ def _limits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 
 
 def _weights(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
-    from pathsegdiff.pipeline.baselines.imagenet_files import AUTO, IMAGENET
+    from pathsegdiff.pipeline.baselines.imagenet_files import WORDS
     from pathsegdiff.pipeline.tables.rows import ENCODERS
 
     found: dict[str, str] = {}
     for text in value:
         encoder, _, file = text.partition("=")
-        if text not in (IMAGENET, AUTO) and (encoder not in ENCODERS or not file):
+        if text not in WORDS and (encoder not in ENCODERS or not file):
             raise click.BadParameter(
-                f"must be {IMAGENET}, {AUTO} or ENCODER=FILE, ENCODER one of "
+                f"must be {', '.join(WORDS)} or ENCODER=FILE, ENCODER one of "
                 f"{', '.join(ENCODERS)}, got {text!r}"
             )
-        for name in ENCODERS if text in (IMAGENET, AUTO) else (encoder,):
+        for name in ENCODERS if text in WORDS else (encoder,):
             if name in found:
                 raise click.BadParameter(f"is given twice for {name}: {found[name]} and {text}")
             found[name] = file or text

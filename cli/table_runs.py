@@ -78,9 +78,9 @@ def refuse_failed(settings: "TableSettings", failed: Sequence[str]) -> None:
 
 def _files_at_hand(given: Mapping[str, str]) -> dict[str, Path]:
     """The files that ``--encoder-weights`` names."""
-    from pathsegdiff.pipeline.baselines.imagenet_files import AUTO, IMAGENET
+    from pathsegdiff.pipeline.baselines.imagenet_files import WORDS
 
-    return {name: Path(file) for name, file in given.items() if file not in (AUTO, IMAGENET)}
+    return {name: Path(file) for name, file in given.items() if file not in WORDS}
 
 
 def _encoder_files(
@@ -97,9 +97,8 @@ def _encoder_files(
     for encoder in sorted((given.keys() - files.keys()) & read):
         try:
             if table_only:
-                file: Path | None = imagenet_file(encoder)
-                if given[encoder] == AUTO and not imagenet_file(encoder).is_file():
-                    file = None
+                place = imagenet_file(encoder)
+                file = place if given[encoder] != AUTO or place.is_file() else None
             else:
                 file = encoder_file(given[encoder], encoder, False)
         except (FetchError, RunError) as error:

@@ -18,6 +18,8 @@ from pathsegdiff.files import file_sha256
 IMAGENET = "imagenet"
 #: The same where they can be had, else from scratch.
 AUTO = "auto"
+#: Either: a word in place of a file at hand.
+WORDS = (IMAGENET, AUTO)
 LICENCE = "BSD 3-Clause (torchvision)"
 _WEIGHTS = {
     "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
